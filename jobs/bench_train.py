@@ -13,18 +13,21 @@
 - stream: as in Ray's examples, `iter_torch_batches` over a dataset of Ray Data in every epoch.
 
 Each way runs in a new Python process. As with `ser-ray`, the processes of our ways get huge pages
-of memory where these help (`ser_ray.cli.start`). `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before
-the command gives them to the other ways too.
+of memory where these help, and collect garbage rarely (`ser_ray.cli.start`).
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before the command gives huge pages to the other ways too.
 
 Clips per second are those of the training steps after the first epoch, so the start and the warm-up
 change only the seconds to the first step. `outside` is the share of these epochs that is spent
 neither in training steps nor in validation. `processes` is the number of further processes, counted
-ten times per second. Each of our ways makes a new MLflow database, which a second training in the
-same folder would not do. Workers on several nodes are not measured.
+ten times per second. Our ways record their runs in one MLflow database, which is made before the
+measurements; the first training of a project makes it itself, and takes longer by the seconds that
+the first line gives. A way that is named several times is measured several times, and its mean
+counts in the ratios. Workers on several nodes are not measured.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +72,8 @@ class Bench:
     """The device of every worker."""
     workers: int = 2
     """Number of workers of ours_ddp and bare_ddp."""
+    store: str = ""
+    """MLflow store of our ways; by default a new database."""
     ways: tuple[str, ...] = (
         "bare", "ours", "ray", "ours_on_ray", "bare_ddp", "ours_ddp", "ingest", "stream",
     )  # fmt: skip
@@ -105,7 +110,7 @@ def ours(
             device=bench.device,
             ingest=ingest,
             storage=folder,
-            tracking_uri=f"sqlite:///{folder}/mlflow.db",
+            tracking_uri=bench.store,
         )
         result = train(
             bench.shards, bench.recipe, run, address=address,
@@ -133,32 +138,38 @@ def epoch_size(bench: Bench) -> tuple[int, int]:
 
 
 def bare(bench: Bench, started: float, workers: int = 1) -> Timing:
-    """Train in plain processes. Several processes use gloo, or NCCL on GPUs."""
+    """Train in this process, or in several that use gloo, or NCCL on GPUs."""
     import torch
 
+    torch.set_num_threads(num_threads(workers))
+    if workers == 1:
+        return _run_bare(bench, started, 0, 1)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (bench, started, workers, folder)
         torch.multiprocessing.spawn(_bare_worker, arguments, nprocs=workers)
         return Timing(**json.loads(Path(folder, "timing.json").read_text()))
 
 
+def num_threads(workers: int = 1) -> int:
+    """Return the number of threads of a worker, as `train` chooses it on one machine."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // workers, 1))
+
+
 def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
-    if workers > 1:
-        if bench.device == "gpu":
-            torch.cuda.set_device(rank)
-        backend = "nccl" if bench.device == "gpu" else "gloo"
-        dist.init_process_group(
-            backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers
-        )
+    torch.set_num_threads(num_threads(workers))
+    if bench.device == "gpu":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if bench.device == "gpu" else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers
+    )
     timing = _run_bare(bench, started, rank, workers)
     if rank == 0:
         Path(folder, "timing.json").write_text(json.dumps(asdict(timing)))
-    if workers > 1:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _run_bare(bench: Bench, started: float, rank: int, workers: int) -> Timing:
@@ -306,7 +317,7 @@ def _in_ray(
 def _ray_worker(arguments: dict[str, Any]) -> None:
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_threads())
     timing = _run_bare(arguments["bench"], arguments["started"], 0, 1)
     Path(arguments["folder"], "timing.json").write_text(json.dumps(asdict(timing)))
 
@@ -318,7 +329,7 @@ def _stream_worker(arguments: dict[str, Any]) -> None:
     from ser_ray.training.data import Clips
 
     bench: Bench = arguments["bench"]
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_threads())
     trainer = _BareTrainer(bench, 0, 1)
     mean, std = (
         torch.as_tensor(values, dtype=torch.float32, device=trainer.device)
@@ -395,16 +406,38 @@ def measure_here(options: dict[str, Any], output: Path) -> None:
         "ingest": partial(ours, ingest="stream"),
         "stream": stream,
     }
+    if way not in NOT_OURS:
+        start.collect_rarely()
     timing = functions[way](bench, started)
     output.write_text(json.dumps(asdict(timing)))
 
 
 def main(bench: Bench) -> None:
     """Measure all ways, and print them with their ratios."""
-    timings: dict[str, Timing] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if not bench.store:
+            bench = replace(bench, store=f"sqlite:///{folder}/mlflow.db")
+            print(f"making the MLflow database took {make_store(bench.store):.1f} s")
+        compare_ways(bench)
+
+
+def make_store(uri: str) -> float:
+    """Make an MLflow database, and return the seconds that it took, without imports."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - slow to import
+
+    from ser_ray.tracking.store import connect
+
+    began = time.perf_counter()
+    connect(uri, create=True)
+    return time.perf_counter() - began
+
+
+def compare_ways(bench: Bench) -> None:
+    """Measure the ways in their order, and print the ratios of their means."""
+    timings: dict[str, list[Timing]] = {}
     for way in bench.ways:
         timing, processes = measure(bench, way)
-        timings[way] = timing
+        timings.setdefault(way, []).append(timing)
         print(
             f"{way:11} {timing.clips_per_second:7.1f} clips/s  outside {timing.outside:6.1%}  "
             f"first step after {timing.first_step:5.1f} s  {processes:3} processes",
@@ -412,9 +445,13 @@ def main(bench: Bench) -> None:
         )
     for way, other in RATIOS:
         if way in timings and other in timings:
-            speed = timings[way].clips_per_second / timings[other].clips_per_second
-            start = timings[way].first_step / timings[other].first_step
-            print(f"{way} / {other}: speed {speed:.2f}, time to the first step {start:.2f}")
+            names = ("clips_per_second", "first_step")
+            speed, first = (_mean(timings[way], n) / _mean(timings[other], n) for n in names)
+            print(f"{way} / {other}: speed {speed:.2f}, time to the first step {first:.2f}")
+
+
+def _mean(timings: list[Timing], name: str) -> float:
+    return statistics.mean(getattr(timing, name) for timing in timings)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ class EncoderError(SerRayError):
     """Weights of an encoder that are missing, damaged, too large, or belong to another network."""
 
 
+class LockLostError(SerRayError):
+    """A folder that another process has taken over: what it holds belongs to that process now."""
+
+
 class MismatchError(CheckpointError):
     """A checkpoint or a run folder that belongs to another training."""
 
@@ -81,13 +85,13 @@ def wrapped_error(error: Exception) -> SerRayError | None:
 def is_permanent(error: BaseException) -> bool:
     """Return whether a retry will fail in the same way.
 
-    A wrong setting, a checkpoint or run folder of another training, a diverged training, and a
-    batch that does not fit into a GPU's memory are permanent. Other errors may be temporary, for
-    example if a storage does not respond.
+    A wrong setting, a checkpoint or run folder of another training, a folder that another process
+    has taken over, a diverged training, and a batch that does not fit into a GPU's memory are
+    permanent. Other errors may be temporary, for example if a storage does not respond.
     """
     if isinstance(error, LocationError):
         return False
     # The error of torch is found by its name, because importing torch takes seconds.
     names = [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
-    is_permanent_kind = isinstance(error, ConfigError | MismatchError | DivergedError)
-    return is_permanent_kind or "torch.OutOfMemoryError" in names
+    permanent_kinds = ConfigError | MismatchError | LockLostError | DivergedError
+    return isinstance(error, permanent_kinds) or "torch.OutOfMemoryError" in names

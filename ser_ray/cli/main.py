@@ -80,11 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_unwritten()
         return 1
     except OSError as error:
-        if error.errno not in MACHINE_ERRORS:
+        is_of_bucket = type(error) is OSError and error.errno is None  # as pyarrow raises them
+        if error.errno not in MACHINE_ERRORS and not is_of_bucket:
             raise
         _discard_unwritten()
         file = f"{error.filename}: " if error.filename else ""
-        return _end(f"error: {file}{error.strerror or error}", 2)
+        return _end(f"error: {file}{error.strerror or ' '.join(str(error).split())}", 2)
     finally:
         logger.removeHandler(handler)
 

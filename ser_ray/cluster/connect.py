@@ -21,6 +21,8 @@ LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 CONNECT_SECONDS = 5.0
 """Longest wait for the connection to a cluster. Ray itself retries a refused port for minutes."""
 
+_is_started_here = False
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,6 +40,11 @@ def needs_ray(address: str, workers: int = 1) -> bool:
 def is_connected() -> bool:
     """Return whether this process is connected to Ray."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def is_started_here() -> bool:
+    """Return whether this process is connected to a Ray that it started itself (`cluster`)."""
+    return _is_started_here
 
 
 def place_of_training(address: str, workers: int) -> str:
@@ -79,11 +86,14 @@ def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None
     address = address or os.environ.get("RAY_ADDRESS", "")
     address = "" if address == "local" else address
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
+    global _is_started_here
     with nullcontext() if address else session_folder() as folder:
         try:
             _init(address, source, folder, "fatal" if has_actor_pool else "error")
+            _is_started_here = not address
             yield
         finally:
+            _is_started_here = False
             with keep_signal_handlers():
                 ray.shutdown()
 

@@ -5,8 +5,9 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ser_ray.cluster.connect import is_connected
+from ser_ray.cluster.connect import is_connected, is_started_here
 from ser_ray.errors import ResourcesError
 
 AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # noqa: PTH111
@@ -70,17 +71,30 @@ def max_nodes() -> list[dict[str, float]]:
     if not is_connected():
         return [local_resources()]
     import ray
-    import yaml
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [node["Resources"] for node in alive]
-    if AUTOSCALER_CONFIG.exists():
-        num_alive = Counter(node["Labels"].get("ray.io/node-group") for node in alive)
-        node_types = yaml.safe_load(AUTOSCALER_CONFIG.read_text())["available_node_types"]
-        for name, node_type in node_types.items():
-            num_more = node_type.get("max_workers", 0) - num_alive[name]
-            nodes += [node_type["resources"]] * num_more
+    num_alive = Counter(node["Labels"].get("ray.io/node-group") for node in alive)
+    for name, node_type in autoscaled_types().items():
+        num_more = node_type.get("max_workers", 0) - num_alive[name]
+        nodes += [node_type["resources"]] * num_more
     return nodes
+
+
+def autoscaled_types() -> dict[str, dict[str, Any]]:
+    """Return the types of nodes that the autoscaler may add to the cluster, by name.
+
+    A Ray that this process started has no autoscaler, even if it runs on the head node of a
+    cluster.
+    """
+    import yaml
+
+    if is_started_here() or not AUTOSCALER_CONFIG.exists():
+        return {}
+    types: dict[str, dict[str, Any]] = yaml.safe_load(AUTOSCALER_CONFIG.read_text())[
+        "available_node_types"
+    ]
+    return types
 
 
 def local_resources() -> dict[str, float]:

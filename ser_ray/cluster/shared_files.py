@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from ser_ray.cluster import resources
 from ser_ray.cluster.connect import JOB_CONFIG, is_connected
+from ser_ray.cluster.resources import autoscaled_types
 from ser_ray.errors import ResourcesError
 from ser_ray.storage.packed import ROW
 from ser_ray.storage.paths import absolute
@@ -41,7 +41,7 @@ def require_shared(*locations: str) -> None:
         with ExitStack() as stack:
             paths = [stack.enter_context(_marker_in(path)) for path in local.values()]
             missing_on = dict(zip(local, _nodes_without(paths, others), strict=True))
-    elif resources.AUTOSCALER_CONFIG.exists():
+    elif autoscaled_types():
         root_device = Path("/").stat().st_dev  # a shared folder is a mount with another device
         missing_on = {
             location: ["the machines that the autoscaler starts"]

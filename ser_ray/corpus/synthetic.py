@@ -10,9 +10,11 @@ noise. The filter has the formants of a vowel and a spectral tilt, and changes w
 """
 
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -134,8 +136,8 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
             made = Path(temporary) / target.name
-            for speaker in SPEAKERS:
-                _write_speaker(made, speaker, seed)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoders run without the GIL
+                list(pool.map(lambda speaker: _write_speaker(made, speaker, seed), SPEAKERS))
             (made / SYNTHETIC_MARKER).write_text(text)
             made.replace(target)
     except OSError as error:

@@ -11,6 +11,7 @@ several seconds.
 
 import logging
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,8 @@ ADDRESS = "127.0.0.1"
 """Address of this machine in the names of its system metrics, as when Ray runs on one machine."""
 FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
 """Errors that the machine, its GPU or its storage may cause. CUDA raises RuntimeError."""
+RETRY_SECONDS = 5.0
+"""Time between a failure and the next attempt."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +50,15 @@ def train_in_process(task: TrainingTask, on_epoch: OnEpoch, *, gpu: bool) -> Non
         gpu: whether to use a GPU.
 
     Raises:
-        CheckpointError: another process has taken over the folder.
+        LockLostError: another process has taken over the folder.
         SerRayError: the training failed.
     """
     failures = 0
     while True:
-        start = task.folder.restore(on_epoch)
         reporter = LocalReporter(task.folder, on_epoch)
         try:
             with closing(reporter):
+                start = task.folder.restore(reporter.pass_on)
                 _fit(task, start, reporter, gpu=gpu)
         except FAILURES as error:
             if error is reporter.on_epoch_error:
@@ -70,6 +73,7 @@ def train_in_process(task: TrainingTask, on_epoch: OnEpoch, *, gpu: bool) -> Non
                 "the training failed (%s); it is tried again from the newest checkpoint, if any",
                 first_line(error),
             )
+            time.sleep(RETRY_SECONDS)
         else:
             return
 
@@ -122,7 +126,7 @@ class LocalReporter:
         """Wait until the last checkpoint is stored. Errors of the other thread are raised here.
 
         Raises:
-            CheckpointError: another process has taken over the folder.
+            LockLostError: another process has taken over the folder.
             OSError: the checkpoint could not be stored.
         """
         if self._writing is not None:
@@ -137,6 +141,10 @@ class LocalReporter:
         self.folder.check_lock()
         snapshot.store(self.folder.filesystem, f"{self.folder.path}/{snapshot.name}")
         self.folder.tidy(StoredCheckpoint(snapshot.name, snapshot.progress))
+        self.pass_on(epoch)
+
+    def pass_on(self, epoch: Epoch) -> None:
+        """Call `on_epoch`, and keep the error if it raises one."""
         try:
             self.on_epoch(epoch)
         except BaseException as error:

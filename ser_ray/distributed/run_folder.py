@@ -134,7 +134,7 @@ class RunFolder:
         return self._lock
 
     def check_lock(self) -> None:
-        """Raise CheckpointError if this process had the lock of the folder, but has lost it."""
+        """Raise LockLostError if this process had the lock of the folder, but has lost it."""
         if self._lock is not None:
             self._lock.require_held()
 
@@ -211,7 +211,7 @@ class RunFolder:
         All other checkpoints are deleted, except the one that was selected when it was written.
 
         Raises:
-            CheckpointError: another process has taken over the folder.
+            LockLostError: another process has taken over the folder.
         """
         newest = self.newest()
         self.tidy(newest)
@@ -223,7 +223,7 @@ class RunFolder:
         """Delete Ray's list, and all checkpoints except `newest` and its selected checkpoint.
 
         Raises:
-            CheckpointError: another process has taken over the folder.
+            LockLostError: another process has taken over the folder.
         """
         self.check_lock()
         with contextlib.suppress(FileNotFoundError):
@@ -265,7 +265,7 @@ class RunFolder:
             encoder: whether to copy the encoder's weights too, if the model has an encoder.
 
         Raises:
-            CheckpointError: another process has taken over the folder.
+            LockLostError: another process has taken over the folder.
         """
         self.check_lock()
         source = f"{self.path}/{newest.selected}"

@@ -82,7 +82,7 @@ class WorkerGroup:
                 error, the workers stop.
 
         Raises:
-            CheckpointError: another process has taken over the folder.
+            LockLostError: another process has taken over the folder.
             ResourcesError: there was no room for the workers.
             SerRayError: the training failed.
         """

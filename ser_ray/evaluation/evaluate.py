@@ -118,7 +118,12 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
             "--protocol and --fold with test speakers that neither model was trained on"
         )
     return statistics.compare(
-        first.speakers, first.truth, first.predicted, second.predicted, len(first.card.labels)
+        first.speakers,
+        first.clips,
+        first.truth,
+        first.predicted,
+        second.predicted,
+        len(first.card.labels),
     )
 
 

@@ -102,6 +102,12 @@ class Evaluation:
         return self.predictions["speaker"].to_pylist()
 
     @cached_property
+    def clips(self) -> list[str]:
+        """Location and start of every clip [clips]. The same clip occurs once for each seed."""
+        paths, starts = (self.predictions[name].to_pylist() for name in ("path", "start"))
+        return [f"{path} {start}" for path, start in zip(paths, starts, strict=True)]
+
+    @cached_property
     def scores(self) -> Scores:
         """The scores of all clips. The clips of several seeds are scored together."""
         return scores_of(self.truth, self.probabilities)
@@ -130,7 +136,12 @@ class Evaluation:
     def intervals(self) -> Intervals:
         """95 % intervals of the scores."""
         return statistics.bootstrap(
-            self.speakers, self.truth, self.predicted, len(self.card.labels), self.seeds
+            self.speakers,
+            self.clips,
+            self.truth,
+            self.predicted,
+            len(self.card.labels),
+            self.seeds,
         )
 
     @cached_property

@@ -80,7 +80,12 @@ def _row(name: str, definition: str, evaluation: Evaluation, predicted: np.ndarr
     num_indices = len(evaluation.card.labels) + 1  # the last index is that of unscored clips
     scores = Scores(count_confusion(evaluation.truth, predicted, num_indices), loss=0.0)
     change = statistics.compare(
-        evaluation.speakers, evaluation.truth, predicted, evaluation.predicted, num_indices
+        evaluation.speakers,
+        evaluation.clips,
+        evaluation.truth,
+        predicted,
+        evaluation.predicted,
+        num_indices,
     )
     low, high = change.ua_interval
     return {

@@ -38,6 +38,7 @@ class Intervals:
 
 def bootstrap(
     speakers: Sequence[str],
+    clips: Sequence[str],
     truth: np.ndarray,
     predicted: np.ndarray,
     num_labels: int,
@@ -46,14 +47,15 @@ def bootstrap(
     """Compute intervals by bootstrap over speakers; equal arguments give equal intervals.
 
     Args:
-        speakers: speaker of every clip [clips].
-        truth: label indices [clips].
-        predicted: label indices [clips].
+        speakers: speaker in every row [rows].
+        clips: name of the clip in every row [rows].
+        truth: label indices [rows].
+        predicted: label indices [rows].
         num_labels: number of labels.
-        seeds: seed of the training that scored each clip [clips], if several scored the same clips.
+        seeds: seed of the training that scored each row [rows], if several scored the same clips.
             A score is then the mean over the seeds, and the same speakers are drawn for all seeds.
     """
-    counts, drawn = _counts(speakers, truth, predicted, num_labels, seeds)
+    counts, drawn = _counts(speakers, clips, truth, predicted, num_labels, seeds)
     draws = _resample(counts)  # [draws, seeds, labels, labels]
     ua, wa, f1 = (_interval(score(draws).mean(axis=1)) for score in (ua_of, wa_of, macro_f1_of))
     return Intervals(drawn=drawn, count=len(counts), ua=ua, wa=wa, f1=f1)
@@ -127,6 +129,7 @@ class Comparison:
 
 def compare(
     speakers: Sequence[str],
+    clips: Sequence[str],
     truth: np.ndarray,
     first: np.ndarray,
     second: np.ndarray,
@@ -135,10 +138,11 @@ def compare(
     """Compare the predictions of two models for the same clips.
 
     Args:
-        speakers: speaker of every clip [clips].
-        truth: label indices [clips].
-        first: label indices that the first model predicted [clips].
-        second: label indices that the second model predicted [clips].
+        speakers: speaker in every row [rows].
+        clips: name of the clip in every row [rows].
+        truth: label indices [rows].
+        first: label indices that the first model predicted [rows].
+        second: label indices that the second model predicted [rows].
         num_labels: number of labels.
     """
     from scipy.stats import binomtest  # slow to import
@@ -147,8 +151,8 @@ def compare(
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
     num_different = only_first + only_second
-    first_counts, drawn = _counts(speakers, truth, first, num_labels)
-    second_counts, _ = _counts(speakers, truth, second, num_labels)
+    first_counts, drawn = _counts(speakers, clips, truth, first, num_labels)
+    second_counts, _ = _counts(speakers, clips, truth, second, num_labels)
     # `_resample` draws the same speakers in both calls.
     differences = ua_of(_resample(first_counts)) - ua_of(_resample(second_counts))
     first_ua, second_ua = (ua_of(c.sum(axis=(0, 1))) for c in (first_counts, second_counts))
@@ -166,6 +170,7 @@ def compare(
 
 def _counts(
     speakers: Sequence[str],
+    clips: Sequence[str],
     truth: np.ndarray,
     predicted: np.ndarray,
     num_labels: int,
@@ -180,7 +185,7 @@ def _counts(
     names, units = np.unique(np.asarray(speakers), return_inverse=True)
     drawn = "speakers"
     if len(names) == 1:
-        units, drawn = np.arange(len(truth)), "clips"
+        units, drawn = np.unique(np.asarray(clips), return_inverse=True)[1], "clips"
     runs = np.zeros(len(truth), int) if seeds is None else np.unique(seeds, return_inverse=True)[1]
     counts = np.zeros((units.max() + 1, runs.max() + 1, num_labels, num_labels), np.int64)
     np.add.at(counts, (units, runs, truth, predicted), 1)

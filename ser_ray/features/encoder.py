@@ -268,20 +268,19 @@ def local_file(location: str) -> Iterator[Path]:
         EncoderError: the file does not exist, or its storage does not answer.
     """
     filesystem, path = filesystem_of(location)
-    try:
-        if isinstance(filesystem, fs.LocalFileSystem):
-            if not Path(path).is_file():
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(path)
+        try:
+            if not isinstance(filesystem, fs.LocalFileSystem):
+                local = Path(folder, local.name)
+                fs.copy_files(path, str(local), source_filesystem=filesystem)
+            elif not local.is_file():
                 raise FileNotFoundError("no such file")
-            yield Path(path)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            target = f"{folder}/{Path(path).name}"
-            fs.copy_files(path, target, source_filesystem=filesystem)
-            yield Path(target)
-    except OSError as error:
-        raise EncoderError(
-            f"{location}: the encoder's weights cannot be read ({error}); check the path"
-        ) from error
+        except OSError as error:
+            raise EncoderError(
+                f"{location}: the encoder's weights cannot be read ({error}); check the path"
+            ) from error
+        yield local
 
 
 def _has_card(path: Path) -> bool:

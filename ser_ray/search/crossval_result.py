@@ -189,8 +189,8 @@ def pool(
         predictions=predictions,
         unscaled=np.concatenate(unscaled),
     )
-    numbers, paths = (predictions[name].to_pylist() for name in ("fold", "path"))
-    clips = [f"{fold} {path}" for fold, path in zip(numbers, paths, strict=True)]
+    numbers = predictions["fold"].to_pylist()
+    clips = [f"{fold} {clip}" for fold, clip in zip(numbers, pooled.clips, strict=True)]
     return CrossvalResult(
         name=name,
         plan=plan,

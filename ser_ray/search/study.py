@@ -24,7 +24,7 @@ from ray import tune
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
-from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.errors import LockLostError, SerRayError, TrackingError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.search.actor import TrialSetup
@@ -107,7 +107,7 @@ class Study(tune.Callback):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop_thread()
-        if error is None:
+        if error is None or isinstance(error, LockLostError):
             return
         with suppress(TrackingError):  # a tracking failure must not mask the original error
             self._deliver()
@@ -143,7 +143,7 @@ class Study(tune.Callback):
         """Check that all trials have ended, and deliver the missing records to MLflow.
 
         Raises:
-            CheckpointError: another process has taken over the folder.
+            LockLostError: another process has taken over the folder.
             SerRayError: fewer than `expected` trials have ended.
             TrackingError: the tracking server does not answer. The same command delivers the rest.
         """
@@ -169,7 +169,12 @@ class Study(tune.Callback):
     # Ray Tune calls the following methods in its loop.
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Open records for trials that Ray Tune has restored or added."""
+        """Open records for trials that Ray Tune has restored or added.
+
+        Raises:
+            LockLostError: another process has taken over the folder. Ray Tune's loop ends.
+        """
+        self.folder.check_lock()
         self._open_records(trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -208,7 +213,11 @@ class Study(tune.Callback):
         trial may still be running, so a restart would resume the trial from its checkpoint. If its
         loop raises an error, Ray Tune calls this method without storing a last snapshot. A restart
         may then train such a trial again from its beginning.
+
+        Raises:
+            LockLostError: another process has taken over the folder, and needs the checkpoints.
         """
+        self.folder.check_lock()
         self._open_records(trials)  # `on_step_begin` is not called if all restored trials ended
         for trial in trials:
             if self.records[trial.trial_id].ended and trial.checkpoint is not None:

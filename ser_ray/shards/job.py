@@ -72,7 +72,8 @@ def run_job(
         given: called after every shard; if None, `show_progress` shows a bar or log lines.
 
     Raises:
-        ShardsError: a shard could not be written, the job failed, or the lock was lost.
+        ShardsError: a shard could not be written, or the job failed.
+        LockLostError: another process has taken over the shard set.
     """
     import ray
 

@@ -25,7 +25,7 @@ from typing import Any, Self
 import psutil
 from pyarrow import fs
 
-from ser_ray.errors import SerRayError
+from ser_ray.errors import LockLostError, SerRayError
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import filesystem_of, location_inside
 
@@ -51,7 +51,7 @@ class FolderLock:
 
     Args:
         location: the folder, which is created if it does not exist.
-        error: the type of all errors of the lock.
+        error: the type of the error if the lock cannot be acquired.
         activity: what the process with the lock does, here `is training under this name`.
         advice: what the user can do, here `wait for it to end, or give another --name`.
     """
@@ -117,7 +117,7 @@ class FolderLock:
             )
 
     def require_held(self) -> None:
-        """Raise `error` if this process lost the lock.
+        """Raise LockLostError if this process lost the lock.
 
         That happens if another process took the lock over after missed heartbeats, or if somebody
         deleted the file. The method reads the storage only if a heartbeat is overdue or the lock is
@@ -128,7 +128,7 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self._send_heartbeat()
         if self._is_lost:
-            raise self._in_use_error(self._read())
+            raise LockLostError(self._describe(self._read()))
 
     def _acquire(self) -> None:
         claim = self._read()
@@ -210,12 +210,15 @@ class FolderLock:
             return {}
 
     def _in_use_error(self, claim: dict[str, Any] | None) -> SerRayError:
+        return self._error(self._describe(claim))
+
+    def _describe(self, claim: dict[str, Any] | None) -> str:
         if claim is None:
             problem = f"the lock was deleted, perhaps because another process {self._activity}"
         else:
             since = f" (since {claim['since']})" if claim else ""
             problem = f"{_describe_holder(claim)} {self._activity}{since}"
-        return self._error(f"{self._location}: {problem}; {self._advice}")
+        return f"{self._location}: {problem}; {self._advice}"
 
 
 def _describe_holder(claim: dict[str, Any]) -> str:

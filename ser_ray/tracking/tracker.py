@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ser_ray.errors import TrackingError
+from ser_ray.errors import LockLostError, TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.database import await_database
 from ser_ray.tracking.run_metadata import (
@@ -338,7 +338,13 @@ class Tracker:
             self._client.set_terminated(self.run_id, status)
 
     def abandon(self, error: BaseException) -> None:
-        """Close the run after an error: as KILLED if the process was stopped, else as FAILED."""
+        """Close the run after an error: as KILLED if the process was stopped, else as FAILED.
+
+        If another process has taken over the run's folder, the run is that process's, and stays
+        open.
+        """
+        if isinstance(error, LockLostError):
+            return
         with suppress(TrackingError):  # a tracking failure must not mask the original error
             is_stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             self.finish("KILLED" if is_stopped else "FAILED")

@@ -1,4 +1,5 @@
-"""The entry point restarts Python with huge pages where the kernel gives them only on request."""
+"""The entry point gives Python huge pages where the kernel waits for a request, and rare
+collections."""
 
 import os
 import subprocess
@@ -58,6 +59,18 @@ def test_a_system_without_huge_pages_starts_as_always(monkeypatch, tmp_path):
     monkeypatch.delenv(start.TUNABLES, raising=False)
     monkeypatch.setattr(start, "KERNEL_MODE", tmp_path / "missing")
     assert not start.needs_restart()
+
+
+def test_python_looks_rarely_for_cycles_while_it_imports_and_not_at_its_end():
+    script = (
+        "import gc; from ser_ray.cli import main, start; start.needs_restart = lambda: False\n"
+        "main.main = gc.get_threshold\n"
+        "print(start.main()[0], gc.get_freeze_count())"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+    threshold, frozen = map(int, output.split())
+    assert threshold > 50_000
+    assert frozen > 1_000
 
 
 def test_both_commands_start_here():

@@ -188,6 +188,16 @@ def test_a_full_disk_is_one_line(verb, capsys):
     assert capsys.readouterr().err == "error: No space left on device\n"
 
 
+def test_an_error_of_a_bucket_is_one_line(verb, capsys):
+    """They have no number: pyarrow makes them from the answers of AWS."""
+
+    def work() -> VerbResult:
+        raise OSError("When reading 'runs/a':\n  AWS Error NETWORK_CONNECTION")
+
+    assert verb(work) == 2
+    assert capsys.readouterr().err == "error: When reading 'runs/a': AWS Error NETWORK_CONNECTION\n"
+
+
 def test_another_error_of_the_system_keeps_its_traceback(verb):
     def work() -> VerbResult:
         raise FileNotFoundError("our own bug")

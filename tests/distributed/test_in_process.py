@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,15 @@ from ser_ray.cli.train import Train
 from ser_ray.distributed import in_process
 from ser_ray.distributed.in_process import train_in_process
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.distributed.run_folder import TRACE, Epoch, RunFolder, TrainingTask
+from ser_ray.distributed.run_folder import (
+    TRACE,
+    Epoch,
+    RunFolder,
+    StoredCheckpoint,
+    TrainingTask,
+)
 from ser_ray.distributed.train import train
-from ser_ray.errors import ConfigError, SerRayError, ShardsError
+from ser_ray.errors import ConfigError, LockLostError, SerRayError, ShardsError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.to_mlflow import register
 from ser_ray.training.checkpoint import MODEL, Snapshot
@@ -124,6 +131,7 @@ def test_a_failure_is_tried_again_if_that_may_help(
         store(self, filesystem, path)
 
     monkeypatch.setattr(Snapshot, "store", store_or_fail)
+    monkeypatch.setattr(in_process, "RETRY_SECONDS", 0)
     seen: list[Epoch] = []
     if message:
         with pytest.raises(SerRayError, match=message):
@@ -137,6 +145,35 @@ def test_a_failure_is_tried_again_if_that_may_help(
     assert {epoch.row["epoch"] for epoch in seen} == {1, 2, 3}
     expected, found = weights_of(whole), weights_of(task)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_storage_that_is_away_at_the_start_is_tried_again(make, monkeypatch, caplog):
+    task, newest, pauses = make(max_failures=2), RunFolder.newest, []
+    storage = Unreliable(OSError("AWS Error NETWORK_CONNECTION"), {1, 2})
+
+    def newest_or_fail(self: RunFolder) -> StoredCheckpoint | None:
+        storage.strike()
+        return newest(self)
+
+    monkeypatch.setattr(RunFolder, "newest", newest_or_fail)
+    monkeypatch.setattr(in_process, "time", SimpleNamespace(sleep=pauses.append))
+    seen: list[Epoch] = []
+    train_in_process(task, seen.append, gpu=False)
+    assert [epoch.row["epoch"] for epoch in seen] == [1, 2, 3]
+    assert pauses == [in_process.RETRY_SECONDS] * 2
+    assert "NETWORK_CONNECTION" in caplog.text
+
+
+def test_a_folder_that_another_process_took_over_is_not_tried_again(make, monkeypatch, caplog):
+    task = make(max_failures=3)
+
+    def refuse() -> None:
+        raise LockLostError("process 1 on elsewhere is training under this name")
+
+    monkeypatch.setattr(task.folder, "check_lock", refuse)
+    with pytest.raises(LockLostError):
+        train_in_process(task, lambda epoch: pytest.fail("it trains"), gpu=False)
+    assert not caplog.messages
 
 
 def test_the_threads_and_the_device_are_those_of_a_worker_of_ray(monkeypatch):

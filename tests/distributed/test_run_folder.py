@@ -15,7 +15,7 @@ from ser_ray.distributed import mlflow_run
 from ser_ray.distributed.mlflow_run import start_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
-from ser_ray.errors import CheckpointError
+from ser_ray.errors import CheckpointError, LockLostError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.lock import FolderLock
@@ -145,16 +145,16 @@ def test_nothing_is_deleted_once_another_process_has_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(lock: FolderLock) -> None:
-        raise CheckpointError("another process is training under this name")
+        raise LockLostError("another process is training under this name")
 
     folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
     newest = folder.newest()
     assert newest is not None
     with folder.lock():
         monkeypatch.setattr(FolderLock, "require_held", refuse)
-        with pytest.raises(CheckpointError, match="another process"):
+        with pytest.raises(LockLostError, match="another process"):
             folder.tidy(newest)
-        with pytest.raises(CheckpointError, match="another process"):
+        with pytest.raises(LockLostError, match="another process"):
             folder.keep_selected(newest, {}, tmp_path)
     assert names(folder) == {checkpoint_name(epoch) for epoch in (1, 2, 3)}
 

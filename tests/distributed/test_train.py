@@ -35,7 +35,13 @@ from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
 from ser_ray.distributed.train import TrainResult, train
 from ser_ray.distributed.worker import preemption_check
-from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError
+from ser_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    LockLostError,
+    SerRayError,
+    ShardsError,
+)
 from ser_ray.evaluation import evaluate as evaluation
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.lock import FolderLock
@@ -427,12 +433,15 @@ def test_a_training_that_loses_its_lock_ends_before_it_deletes_anything(
             kept.update(path.name for path in folder.glob("checkpoint-*"))
 
     def refuse(lock: FolderLock) -> None:
-        raise CheckpointError("process 1 on elsewhere is training under this name")
+        raise LockLostError("process 1 on elsewhere is training under this name")
 
-    with pytest.raises(CheckpointError, match="on elsewhere is training"):
+    with pytest.raises(LockLostError, match="on elsewhere is training"):
         world.train("robbed", on_epoch)
     assert seen == [1, 2], "it ends at once, not after its last epoch"
     assert checkpoint_name(1, 1) in {path.name for path in folder.glob("checkpoint-*")}
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    run = MlflowClient(world.store).get_run(run_id)
+    assert run.info.status == "RUNNING", "the run is the other driver's now"
 
 
 def test_a_second_run_of_the_same_name_is_refused(world: World, uninterrupted: TrainResult) -> None:

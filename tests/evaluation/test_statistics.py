@@ -18,7 +18,7 @@ def test_mcnemar_is_the_exact_binomial_test(one: int, other: int) -> None:
     second[:one] = 1
     first[one:total] = 1
     speakers = [f"{clip % 3:02d}" for clip in range(len(truth))]
-    found = statistics.compare(speakers, truth, first, second, 2)
+    found = statistics.compare(speakers, speakers, truth, first, second, 2)
     assert (found.only_first_right, found.only_second_right) == (one, other)
     assert found.mcnemar_p == pytest.approx(min(1, 2 * tail / 2**total))
 
@@ -41,7 +41,7 @@ def test_bootstrap_agrees_with_drawing_the_clips_themselves():
     truth = np.tile([0, 1, 2], 64)
     skill = np.repeat(rng.uniform(0.2, 0.9, 8), 24)
     predicted = np.where(rng.random(192) < skill, truth, rng.integers(0, 3, 192))
-    found = statistics.bootstrap(list(speakers), truth, predicted, 3)
+    found = statistics.bootstrap(list(speakers), list(speakers), truth, predicted, 3)
     assert (found.drawn, found.count) == ("speakers", 8)
     drawn = []
     for _ in range(1000):
@@ -54,6 +54,23 @@ def test_bootstrap_agrees_with_drawing_the_clips_themselves():
 
 def test_the_clips_of_a_single_speaker_are_drawn():
     truth = np.array([0, 1] * 20)
-    found = statistics.bootstrap(["01"] * 40, truth, truth, 2)
+    clips = [str(number) for number in range(40)]
+    found = statistics.bootstrap(["01"] * 40, clips, truth, truth, 2)
     assert (found.drawn, found.count) == ("clips", 40)
     assert found.ua == (1.0, 1.0)
+
+
+def test_the_seeds_that_score_a_single_speaker_do_not_narrow_the_interval():
+    rng = np.random.default_rng(1)
+    truth, predicted = rng.integers(0, 2, (2, 40))
+    clips = [str(number) for number in range(40)]
+    once = statistics.bootstrap(["01"] * 40, clips, truth, predicted, 2)
+    twice = statistics.bootstrap(
+        ["01"] * 80, clips * 2, np.tile(truth, 2), np.tile(predicted, 2), 2, np.repeat([0, 1], 40)
+    )
+    assert twice == once
+    compared = statistics.compare(["01"] * 40, clips, truth, predicted, truth, 2)
+    repeated = statistics.compare(
+        ["01"] * 80, clips * 2, np.tile(truth, 2), np.tile(predicted, 2), np.tile(truth, 2), 2
+    )
+    assert repeated.ua_interval == compared.ua_interval

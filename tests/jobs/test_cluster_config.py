@@ -24,7 +24,7 @@ from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ser_ray.cluster import resources
+from ser_ray.cluster import connect, resources
 from ser_ray.cluster.resources import cpus_per_worker, has_gpus, require_workers
 from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.run_config import RunConfig
@@ -251,6 +251,15 @@ def test_what_an_autoscaler_may_start_counts_as_reachable(edited, nodes, tmp_pat
         assert find_slots(RunConfig(), SlotConfig(gpus_per_worker=0.25))[0] == 8 * 4
         label = {"ray.io/node-group": "gpu-worker"}
         nodes.append({"Alive": True, "NodeID": "new", "Labels": label, "Resources": gpu})
+
+
+def test_a_ray_that_a_command_started_on_the_head_has_no_autoscaler(
+    edited, nodes, tmp_path, monkeypatch
+):
+    (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(edited))
+    assert has_gpus()
+    monkeypatch.setattr(connect, "_is_started_here", True)
+    assert not has_gpus()
 
 
 def test_a_path_on_the_heads_own_disk_is_refused_before_there_are_others(

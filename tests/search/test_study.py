@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
-from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.errors import LockLostError, SerRayError, TrackingError
 from ser_ray.evaluation import pages
 from ser_ray.search import study as module
 from ser_ray.search import trial_table
@@ -240,6 +240,26 @@ def test_a_study_records_how_every_trial_ended(server, tmp_path):
     assert finished.selected_confusion == [[2, 0], [0, 1]]
     last = replace(finished, recipe=replace(finished.recipe, keep="last"))
     assert last.selected["epoch"] == 3
+
+
+def test_a_study_whose_folder_was_taken_over_leaves_it_to_the_other_process(
+    server, tmp_path, monkeypatch
+):
+    def refuse() -> None:
+        raise LockLostError("process 1 on elsewhere is training under this name")
+
+    study, deleted = open_study(server, tmp_path), []
+    abandoned: list[BaseException] = []
+    monkeypatch.setattr(study.folder, "delete", deleted.append)
+    monkeypatch.setattr(study.parent, "abandon", abandoned.append)
+    trials = run(study, tmp_path)
+    trials[1].checkpoint = SimpleNamespace(path=f"{study.folder.path}/search-0/f/checkpoint")
+    monkeypatch.setattr(study.folder, "check_lock", refuse)
+    with pytest.raises(LockLostError):
+        study.on_experiment_end(trials)
+    with pytest.raises(LockLostError), study:
+        study.on_step_begin(4, trials)
+    assert (deleted, abandoned) == ([], [])
 
 
 def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monkeypatch):

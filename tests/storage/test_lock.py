@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ser_ray.errors import CheckpointError, ShardsError
+from ser_ray.errors import CheckpointError, LockLostError, ShardsError
 from ser_ray.storage import lock as module
 from ser_ray.storage.lock import LOCK_NAME, FolderLock
 
@@ -208,7 +208,7 @@ def test_a_successors_lock_is_noticed_at_the_next_beat_and_left_in_place(
     with lock_of(tmp_path) as held:
         write_claim(tmp_path, host="elsewhere")
         held._thread.join(30)  # it ends with the lock
-        with pytest.raises(ShardsError, match="on elsewhere"):
+        with pytest.raises(LockLostError, match="on elsewhere"):
             held.require_held()
     assert read_claim(tmp_path)["host"] == "elsewhere"
 
@@ -228,7 +228,7 @@ def test_a_check_reads_the_lock_once_a_beat_is_overdue(
         held.require_held()
         woken = time.time() + 3600
         clock.time = lambda: woken
-        with pytest.raises(ShardsError, match="on elsewhere"):
+        with pytest.raises(LockLostError, match="on elsewhere"):
             held.require_held()
 
 
@@ -246,7 +246,7 @@ def test_a_deleted_lock_is_lost(tmp_path: Path) -> None:
         (tmp_path / LOCK_NAME).unlink()
         held._send_heartbeat()
         with pytest.raises(
-            ShardsError,
+            LockLostError,
             match=r"lock\.json: the lock was deleted, perhaps because .* is here; go away",
         ):
             held.require_held()
