@@ -148,7 +148,8 @@ def test_a_failure_is_tried_again_if_that_may_help(
 
 
 def test_a_storage_that_is_away_at_the_start_is_tried_again(make, monkeypatch, caplog):
-    task, newest, pauses = make(max_failures=2), RunFolder.newest, []
+    task, newest = make(max_failures=2), RunFolder.newest
+    pauses: list[float] = []
     storage = Unreliable(OSError("AWS Error NETWORK_CONNECTION"), {1, 2})
 
     def newest_or_fail(self: RunFolder) -> StoredCheckpoint | None:

@@ -248,7 +248,8 @@ def test_a_study_whose_folder_was_taken_over_leaves_it_to_the_other_process(
     def refuse() -> None:
         raise LockLostError("process 1 on elsewhere is training under this name")
 
-    study, deleted = open_study(server, tmp_path), []
+    study = open_study(server, tmp_path)
+    deleted: list[str] = []
     abandoned: list[BaseException] = []
     monkeypatch.setattr(study.folder, "delete", deleted.append)
     monkeypatch.setattr(study.parent, "abandon", abandoned.append)
