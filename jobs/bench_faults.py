@@ -11,26 +11,34 @@ again. A round is survived if
 - no command hangs.
 
 Each round appends one line of JSON to `--log`. The table at the end summarises all lines of this
-file, so several short calls add up. Faults of real networks, disks and clocks are not injected. The
-seconds are meaningful only on a machine without other work.
+file, so several short calls add up. The seconds are meaningful only on a machine without other
+work.
+
+With `--storage s3`, shards, runs and answers are in a bucket of a local S3 server, which can refuse
+all requests, or answer them late. With `--storage small-disk`, they are on a disk in memory, which
+can get full; only root can mount it. Faults of networks between nodes and of clocks are not
+injected.
 """
 
 import json
+import logging
 import os
 import random
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Literal
 
 import psutil
 import pyarrow.parquet as pq
@@ -38,17 +46,24 @@ import ray
 import requests
 import tyro
 from mlflow import MlflowClient
+from pyarrow import fs
 from ray.cluster_utils import Cluster
 
 from ser_ray.corpus.manifest import SYNTHETIC_MARKER
 from ser_ray.corpus.synthetic import make_synthetic_corpus
 from ser_ray.shards.read import open_shards
+from ser_ray.storage.paths import filesystem_of
 
 NODES = 2
 SPEAKERS = 6
 EPOCHS = 4
 PAUSE = 10.0
-"""Seconds for which a process is stopped, or the MLflow server is missing."""
+"""Seconds for which a process is stopped, the MLflow server is missing, the S3 server refuses or
+delays requests, or the disk is full. It is also the notice of a preempted node."""
+DELAY = 1.0
+"""Seconds that the S3 server adds to each answer while it is slow."""
+DISK = "2g"
+"""Size of the small disk."""
 MAX_SECONDS = 600.0
 """A driver that has not ended after this time hangs."""
 RELEASE_SECONDS = 60.0
@@ -60,12 +75,16 @@ RECIPE = (
 )
 GRACE = 5.0
 """Seconds in which a driver may still end without an error after a signal."""
+MODE = "s3-mode"
+"""Name of the file that says how the S3 server answers."""
 ENDING_SIGNALS = ("terminate driver", "hang up driver", "interrupt driver")
 DRIVER = ("kill driver", "stop driver", *ENDING_SIGNALS)
 FAULTS = (
-    *("kill worker", "stop worker", "kill raylet", "stop raylet", "kill server", "stop server"),
-    *(*DRIVER, "two drivers"),
+    *("kill worker", "stop worker", "kill raylet", "stop raylet", "preempt node"),
+    *("kill server", "stop server", *DRIVER, "two drivers"),
 )
+STORAGE_FAULTS = {"local": (), "s3": ("refusing s3", "slow s3"), "small-disk": ("full disk",)}
+"""Further faults of each kind of storage."""
 IDLE_TITLES = ("ray::IDLE", "ray::IDLE_SpillWorker", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Titles of Ray processes that do no work for a driver."""
 SIGNALS = {
@@ -86,8 +105,10 @@ class Bench:
     """File to which each round appends a line."""
     work: tuple[str, ...] = ("prepare", "train")
     """The verbs to draw from: prepare, train, predict, crossval, tune."""
-    faults: tuple[str, ...] = FAULTS
-    """The faults to draw from."""
+    storage: Literal["local", "s3", "small-disk"] = "local"
+    """Where the commands write: to a local folder, a local S3 server, or a small disk."""
+    faults: tuple[str, ...] = ()
+    """The faults to draw from; by default all faults, or those of the S3 server or small disk."""
     rounds: int = 1000
     """Largest number of rounds."""
 
@@ -119,8 +140,10 @@ class Round:
 class TestBed:
     """The cluster, the MLflow server, the corpus, and the results without a fault."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bucket: str) -> None:
         self.folder, self.log = folder, (folder / "output.log").open("ab")
+        self.bucket = bucket
+        """Format string from a name in the bucket to its URI; empty if files are local."""
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20},
@@ -165,20 +188,31 @@ class TestBed:
 
     def command(self, work: str, target: Path) -> list[str]:
         """Return the command line of a verb that writes into a folder."""
-        shards = self.folder / "shards"
-        model = self.folder / "without-fault" / "train" / "runs" / "run" / "selected"
-        run = ("--shards", str(shards), "--storage", str(target / "runs"), "--name", "run",
+        model = self.location(self.folder / "without-fault" / "train" / "runs" / "run" / "selected")
+        run = ("--shards", self.location(self.folder / "shards"),
+               "--storage", self.location(target / "runs"), "--name", "run",
                "--tracking-uri", self.uri, "--experiment", str(target.name), *RECIPE)  # fmt: skip
         flags = {
-            "prepare": ("--corpus", str(self.corpus), "--shards", str(target / "shards")),
+            "prepare": ("--corpus", str(self.corpus), "--shards", self.location(target / "shards")),
             "train": (*run, "--epochs", str(EPOCHS)),
             "crossval": (*run, "--epochs", "2"),
             "tune": (*run, "--epochs", "2", "--trials", "2", "--searcher", "random"),
-            "predict": (str(self.corpus), "--model", str(model),
-                        "--output", str(target / "answers.parquet")),
+            "predict": (str(self.corpus), "--model", model,
+                        "--output", self.location(target / "answers.parquet")),
         }  # fmt: skip
         address = ("--address", self.cluster.address, "--json")
         return [sys.executable, "-m", "ser_ray", work, *flags[work], *address]
+
+    def location(self, path: Path) -> str:
+        """Return where the commands write what belongs at a path of the folder."""
+        name = str(path.relative_to(self.folder))
+        return self.bucket.format(name) if self.bucket else str(path)
+
+    def fetch(self, target: Path) -> None:
+        """Copy what a command wrote into the bucket to its place in the folder."""
+        if self.bucket:
+            filesystem, path = filesystem_of(self.location(target))
+            fs.copy_files(path, str(target), source_filesystem=filesystem)
 
     def start_driver(self, work: str, target: Path, number: int) -> tuple[psutil.Popen, Path]:
         """Start the driver of a command. Return it, and the file of its messages."""
@@ -205,9 +239,11 @@ class TestBed:
         if status := driver.wait(MAX_SECONDS):
             sys.exit(f"{work} fails without a fault, with status {status}:\n{errors.read_text()}")
         self.durations[work] = time.monotonic() - began
+        self.fetch(target)
         self.results[work] = result(work, target)
         if work == "prepare":
-            shutil.copytree(target / "shards", self.folder / "shards")
+            filesystem, path = filesystem_of(self.location(self.folder / "shards"))
+            fs.copy_files(str(target / "shards"), path, destination_filesystem=filesystem)
         print(f"{work} without a fault: {self.durations[work]:.0f} s", flush=True)
 
     def close(self) -> None:
@@ -320,34 +356,15 @@ def stopped(processes: list[psutil.Process]) -> Iterator[None]:
 def inject(bed: TestBed, current: Round, driver: psutil.Popen, rng: random.Random) -> bool:
     """Inject the fault of the round. Return whether its target still ran."""
     how, _, whom = current.fault.rpartition(" ")
-    if whom == "worker":
-        found = worker_processes(bed)
-        while not found and driver.poll() is None:
-            time.sleep(0.02)
-            found = worker_processes(bed)
-        if not found:
-            return False
-        target = rng.choice(found)
-    elif whom == "raylet":
-        node = rng.choice(bed.nodes)
-        if how == "kill":
-            bed.nodes.remove(node)
-            bed.cluster.remove_node(node, allow_graceful=False)
-            return True
-        target = raylet(node)
-    elif whom == "server":
-        assert bed.server is not None
-        if how == "kill":
-            end(bed.server)
-            time.sleep(PAUSE)
-            bed.start_server()
-            return True
-        with stopped([bed.server, *bed.server.children(recursive=True)]):
-            time.sleep(PAUSE)
+    if current.fault in AROUND:
+        AROUND[current.fault](bed, rng)
         return True
-    else:
-        target = driver
-    if driver.poll() is not None:
+    target: psutil.Process | None = driver
+    if whom == "worker":
+        target = choose_worker(bed, driver, rng)
+    elif whom == "raylet":
+        target = raylet(rng.choice(bed.nodes))
+    if target is None or driver.poll() is not None:
         return False
     with suppress(psutil.NoSuchProcess):
         if how == "stop":
@@ -357,6 +374,137 @@ def inject(bed: TestBed, current: Round, driver: psutil.Popen, rng: random.Rando
             target.send_signal(SIGNALS[how])
         return True
     return False
+
+
+def choose_worker(bed: TestBed, driver: psutil.Popen, rng: random.Random) -> psutil.Process | None:
+    """Choose a worker as soon as there is one; return None if the driver ends before."""
+    while driver.poll() is None:
+        if found := worker_processes(bed):
+            return rng.choice(found)
+        time.sleep(0.02)
+    return None
+
+
+def kill_raylet(bed: TestBed, rng: random.Random) -> None:
+    """Kill a node."""
+    node = rng.choice(bed.nodes)
+    bed.nodes.remove(node)
+    bed.cluster.remove_node(node, allow_graceful=False)
+
+
+def preempt_node(bed: TestBed, rng: random.Random) -> None:
+    """Announce that a node will be taken away, and kill it after the notice."""
+    node = rng.choice(bed.nodes)
+    bed.nodes.remove(node)
+    subprocess.run(
+        ["ray", "drain-node", "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+         "--reason-message", "spot", "--deadline-remaining-seconds", str(round(PAUSE)),
+         "--address", bed.cluster.address],
+        check=True, stdout=bed.log, stderr=bed.log,
+    )  # fmt: skip
+    time.sleep(PAUSE)
+    bed.cluster.remove_node(node, allow_graceful=False)
+
+
+def kill_server(bed: TestBed, rng: random.Random) -> None:
+    """Kill the MLflow server, and start it again after a pause."""
+    assert bed.server is not None
+    end(bed.server)
+    time.sleep(PAUSE)
+    bed.start_server()
+
+
+def stop_server(bed: TestBed, rng: random.Random) -> None:
+    """Suspend the MLflow server for a while."""
+    assert bed.server is not None
+    with stopped([bed.server, *bed.server.children(recursive=True)]):
+        time.sleep(PAUSE)
+
+
+def set_s3_mode(bed: TestBed, mode: str) -> None:
+    """Let the S3 server refuse or delay all requests for a while."""
+    (bed.folder / MODE).write_text(mode)
+    time.sleep(PAUSE)
+    (bed.folder / MODE).write_text("")
+
+
+def fill_disk(bed: TestBed, rng: random.Random) -> None:
+    """Write a file until the disk is full, and delete it after a pause."""
+    filler, ends = bed.folder / "filler", time.monotonic() + PAUSE
+    with filler.open("wb", buffering=0) as file:
+        while time.monotonic() < ends:  # other processes may delete files meanwhile
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 20))
+            time.sleep(0.1)
+    filler.unlink()
+
+
+AROUND: dict[str, Callable[[TestBed, random.Random], None]] = {
+    "kill raylet": kill_raylet,
+    "preempt node": preempt_node,
+    "kill server": kill_server,
+    "stop server": stop_server,
+    "refusing s3": lambda bed, rng: set_s3_mode(bed, "refusing"),
+    "slow s3": lambda bed, rng: set_s3_mode(bed, "slow"),
+    "full disk": fill_disk,
+}
+"""Faults that hit something other than one process of the command."""
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """Run an S3 server with one bucket, and yield a format string from a name to its URI.
+
+    The file MODE in the folder sets how the server answers: `refusing`, `slow`, or as usual.
+    """
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    app, mode = DomainDispatcherApplication(create_backend_app), folder / MODE
+    mode.write_text("")
+
+    def answer(environment: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if mode.read_text() == "refusing":
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return [b""]
+        time.sleep(DELAY if mode.read_text() == "slow" else 0)
+        return app(environment, start_response)
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    server = make_server("127.0.0.1", 0, answer, threaded=True)
+    Thread(target=server.serve_forever, daemon=True).start()
+    query = f"endpoint_override=127.0.0.1:{server.port}&scheme=http&region=us-east-1"
+    uri = f"s3://faults/{{}}?{query}"
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://?{query}&allow_bucket_creation=true")
+    filesystem.create_dir("faults")
+    try:
+        yield uri
+    finally:
+        server.shutdown()
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[str]:
+    """Mount a small disk over the folder."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "faults", str(folder)]
+    subprocess.run(mount, check=True)
+    try:
+        yield ""
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def storage_of(bench: Bench, folder: Path) -> AbstractContextManager[str]:
+    """Return the storage, whose value is a format string for its URIs, or empty for a folder."""
+    match bench.storage:
+        case "s3":
+            return s3_server(folder)
+        case "small-disk":
+            return small_disk(folder)
+        case "local":
+            return nullcontext("")
 
 
 def run_round(bed: TestBed, current: Round, rng: random.Random) -> None:
@@ -378,6 +526,7 @@ def run_round(bed: TestBed, current: Round, rng: random.Random) -> None:
         shown = sum(line.strip().startswith("epoch ") for line in lines)
         current.redone = max(0, shown - EPOCHS)
     if not status:
+        bed.fetch(target)
         check(bed, current, target)
     if not current.problems:
         shutil.rmtree(target)
@@ -505,16 +654,27 @@ def table(log: Path) -> str:
 
 def main(bench: Bench) -> None:
     """Run rounds for `minutes`, and print the table of all logged rounds."""
-    ends = time.monotonic() + 60 * bench.minutes
     bench.log.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    bed = TestBed(folder)
+    faults = bench.faults or STORAGE_FAULTS[bench.storage] or FAULTS
+    with storage_of(bench, folder) as bucket:
+        has_failed = run_rounds(bench, faults, TestBed(folder, bucket))
+    if not has_failed:
+        shutil.rmtree(folder)
+    print(table(bench.log))
+    if has_failed:
+        sys.exit(f"the files of the failed rounds are in {folder}")
+
+
+def run_rounds(bench: Bench, faults: Sequence[str], bed: TestBed) -> bool:
+    """Run rounds for `minutes`, and return whether a round was not survived."""
+    ends = time.monotonic() + 60 * bench.minutes
     has_failed = False
     try:
         ray.init(address=bed.cluster.address, log_to_driver=False)
         for number in range(bench.rounds):
             rng = random.Random(f"{bench.seed}-{number}")
-            work, fault = rng.choice(bench.work), rng.choice(bench.faults)
+            work, fault = rng.choice(bench.work), rng.choice(faults)
             share = rng.uniform(0.2, 0.8 if "worker" in fault else 1.0)  # workers end first
             if time.monotonic() > ends:
                 break
@@ -530,11 +690,7 @@ def main(bench: Bench) -> None:
             print(json.dumps(asdict(current)), flush=True)
     finally:
         bed.close()
-        if not has_failed:
-            shutil.rmtree(folder)
-    print(table(bench.log))
-    if has_failed:
-        sys.exit(f"the files of the failed rounds are in {folder}")
+    return has_failed
 
 
 if __name__ == "__main__":
