@@ -1,11 +1,11 @@
 """Decodes clips: the bytes of a file become mono samples.
 
-The first bytes of a file determine its format; its name is ignored. soundfile reads wavs whose
-header declares a valid length, and the samples of a 16-bit mono wav stay unchanged. PyAV reads all
-other files, and only the audio packets of a video. If one library cannot read a file, the other is
-tried. No file is trusted. The length is limited before and while samples are read. Playlists are
-refused, because they can name other files. Every failure except a lack of memory is a `ClipError`
-that says why.
+The first bytes of a file determine its format; an ID3 tag before them is skipped, and its name is
+ignored. soundfile reads wavs whose header declares a valid length, and the samples of a 16-bit mono
+wav stay unchanged. PyAV reads all other files, and only the audio packets of a video. If one
+library cannot read a file, the other is tried. No file is trusted. The length is limited before and
+while samples are read. Playlists are refused, because they can name other files. Every failure
+except a lack of memory is a `ClipError` that says why.
 
 One rule holds for damage in all formats: sound that can be decoded is used, lost sound is counted
 in seconds (`Sound.lost_seconds`), and a clip that lost more than half of its sound is refused. If
@@ -16,7 +16,7 @@ right times.
 import io
 import struct
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import soundfile
@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError
 from ser_ray.features.errors import ClipError, Failure
-from ser_ray.features.ffmpeg import OGG_PAGE_BYTES, UnsupportedError, decode_with_ffmpeg
+from ser_ray.features.ffmpeg import UnsupportedError, decode_with_ffmpeg
 from ser_ray.features.samples import (
     MISSING_SECONDS,
     MIX_SECONDS,
@@ -32,7 +32,7 @@ from ser_ray.features.samples import (
     Sound,
     require_length,
     require_shape,
-    silence_nonfinite,
+    silence_impossible,
     to_full_scale,
     to_mono,
 )
@@ -48,8 +48,11 @@ W64 = "<4s12xQ"
 CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"riff": W64}
 """`struct` format of the name and size of a chunk, by the first bytes of a wav. In W64, the size
 includes the name and the size itself."""
+VOC = b"Creative Voice File"
 PRINTABLE = frozenset(range(32, 127))
 """Bytes of which the name of a chunk consists."""
+TAGS = (b"TAG", b"APET", b"ID3")
+"""First bytes of the tags that some programs attach to the end of any file."""
 MAX_CHUNKS = 100
 """Largest number of chunks of a wav that are searched for samples; real files have fewer than
 ten."""
@@ -137,6 +140,9 @@ def _decode_stream(stream: BinaryIO, max_seconds: float) -> Sound:
 
 def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound:
     """Decode `source`, a path or stream; `file` is a stream of the same bytes."""
+    if tag_bytes := _tag_bytes(file):
+        source = file = io.BufferedReader(_AfterTag(file, tag_bytes), READ_AHEAD)
+    file.seek(0)
     start = file.read(12)
     if not start:
         raise ClipError("unreadable", "the file is empty")
@@ -149,11 +155,20 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
         file.seek(0)
         if has_length:
             found = _decode_with_soundfile(source, max_seconds)
-    elif start[:4] in (b"OggS", ASF, EBML):
+    elif start[:4] in (ASF, EBML, VOC[:4]):
         missing_share = _missing_share(file)
     if found is None:
         found = _decode_with_either(source, file, max_seconds, has_length=has_length)
-    samples, sample_rate, lost, decoded = silence_nonfinite(found)
+    return _checked(silence_impossible(found), missing_share)
+
+
+def _checked(found: Decoded, missing_share: float) -> Sound:
+    """Return the sound of a clip with its loss.
+
+    Raises:
+        ClipError: the clip has no samples, or lost more than half of them.
+    """
+    samples, sample_rate, lost, decoded = found
     if (missing := decoded * missing_share) > MISSING_SECONDS:
         lost = max(lost, missing)
     if samples.size == 0 and not lost:
@@ -187,10 +202,6 @@ def _decode_with_either(
 def _num_frames(file: BinaryIO) -> int:
     """Return the number of frames that the header of an mp3 declares; 0 if it declares none."""
     file.seek(0)
-    tag = file.read(10)
-    if tag[:3] == b"ID3":  # the tag's length has 7 bits in each byte
-        size = sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-        file.seek(10 + size)
     head = file.read(HEAD_BYTES)
     for name, place in FRAME_COUNTS.items():
         if (first := head.find(name)) >= 0:
@@ -198,6 +209,40 @@ def _num_frames(file: BinaryIO) -> int:
             if name == b"VBRI" or flags & 1:  # otherwise the table has no number of frames
                 return int.from_bytes(head[first + place : first + place + 4])
     return 0
+
+
+def _tag_bytes(file: BinaryIO) -> int:
+    """Return the size of the ID3 tag before the sound; 0 if there is no complete tag."""
+    head = file.read(10)
+    if len(head) < 10 or head[:3] != b"ID3":
+        return 0
+    # The size has 7 bits in each byte. A flag declares another 10 bytes at the end of the tag.
+    size = sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    size += 20 if head[5] & 0x10 else 10
+    return size if size < file.seek(0, io.SEEK_END) else 0
+
+
+class _AfterTag(io.RawIOBase):
+    """The file after a tag, because most formats are recognised by the first bytes of a file."""
+
+    def __init__(self, file: BinaryIO, start: int) -> None:
+        self._file, self._start = file, start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET:
+            offset += self._start
+        return self._file.seek(offset, whence) - self._start
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class _Chunk(NamedTuple):
@@ -252,6 +297,8 @@ def _find_chunks(wav: BinaryIO, layout: str) -> tuple[list[_Chunk], bool]:
             found.append(_Chunk(start, size, min(size, held)))
             if held and not size:
                 return found, False
+        elif found and header.startswith(TAGS):
+            return found, True
         elif found and not (PRINTABLE.issuperset(name) and start + size <= end):
             return found, is_after
         elif name == b"ds64":  # of RF64: the sizes of the file and of the samples
@@ -276,7 +323,7 @@ def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
 def _missing_share(file: BinaryIO) -> float:
     """Return the number of missing bytes at the end of a file, divided by the bytes before them.
 
-    The file is an ogg, Matroska or ASF file. An incomplete last page of an ogg counts as missing.
+    The file is a Matroska, ASF or VOC file.
 
     The length in seconds that Matroska and ASF declare is not used. It is that of the longest
     stream, and FFmpeg replaces it if bytes are missing. The result is negative if bytes are
@@ -285,8 +332,8 @@ def _missing_share(file: BinaryIO) -> float:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     head, declared = file.read(HEAD_BYTES), 0
-    if head.startswith(b"OggS"):
-        return _missing_share_of_ogg(file, size)
+    if head.startswith(VOC):
+        declared = _end_of_blocks(file, int.from_bytes(head[20:22], "little"))
     if head.startswith(ASF) and (place := head.find(ASF_PROPERTIES)) > 0:
         declared = int.from_bytes(head[place + 40 : place + 48], "little")
     if head.startswith(EBML) and 4 < (place := head.find(EBML_SEGMENT) + 4) < len(head):
@@ -298,20 +345,14 @@ def _missing_share(file: BinaryIO) -> float:
     return declared / size - 1 if declared else 0.0
 
 
-def _missing_share_of_ogg(ogg: BinaryIO, size: int) -> float:
-    """Return the share of an incomplete last page; 0 if the page is complete.
-
-    The share is the size of the page divided by the size of all earlier pages.
-    """
-    first = max(size - OGG_PAGE_BYTES, 0)
-    ogg.seek(first)
-    tail = ogg.read()
-    page = tail.rfind(b"OggS")
-    header = tail[page : page + 27]
-    if page < 0 or len(header) < 27:
-        return 0.0
-    length = 27 + header[26] + sum(tail[page + 27 : page + 27 + header[26]])
-    return length / max(first + page, 1) if page + length > len(tail) else 0.0
+def _end_of_blocks(voc: BinaryIO, place: int) -> int:
+    """Return where the last block of a VOC file ends, by the sizes that its blocks declare."""
+    while True:
+        voc.seek(place)
+        block = voc.read(4)
+        if len(block) < 4 or block[0] not in range(1, 10):  # a block of type 0 is the end
+            return place
+        place += 4 + int.from_bytes(block[1:], "little")
 
 
 def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decoded | None:

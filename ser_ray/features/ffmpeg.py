@@ -5,8 +5,10 @@ Only the audio packets of a file are read, and only the formats and codecs liste
 """
 
 import io
+import re
+import struct
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,7 @@ from ser_ray.features.samples import (
     MISSING_SECONDS,
     MIX_SECONDS,
     Decoded,
+    is_possible,
     require_length,
     require_shape,
     to_mono,
@@ -52,8 +55,12 @@ ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs whose length is inexact even in the formats of EXACT_LENGTH, because the header counts
 packets."""
 PAUSES = "mp4"
-"""The format that stores time stamps separately from the sound. In this format, a gap means that
-the recorder paused. In other formats, a gap means that packets are missing."""
+"""The format that stores time stamps separately from the sound. In this format, a gap always means
+that the recorder paused or left out packets. In other formats, the
+sound of a gap is lost if the file has unread bytes in its place."""
+UNREAD_SHARE = 0.5
+"""A gap counts as lost if the unread bytes are more than this share of the bytes that as many
+seconds of the file have on average."""
 FROM_ZERO = ("mp4", "matroska")
 """Formats in which a clip begins at time stamp 0, even if its sound begins later. In other formats,
 a clip begins at the first time stamp of any stream."""
@@ -69,6 +76,10 @@ ENCODER_SAMPLES = 2304
 """Largest number of samples that an encoder adds at the ends of an mp3; decoders remove them."""
 OGG_PAGE_BYTES = 65_307
 """Size of the largest page of an ogg. The last packet is in the last page."""
+DURATION = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+"""A tag that many programs write into Matroska files: the length of a stream."""
+OGG_HEADER = struct.Struct("<6xqI")
+"""Time stamp and stream number in the header of a page."""
 
 
 class UnsupportedError(Exception):
@@ -132,13 +143,12 @@ def _audio_streams(clip: av.container.InputContainer) -> list[av.AudioStream]:
 class _Timeline:
     """Collects the frames of a stream, with silence in place of missing frames."""
 
-    def __init__(
-        self, sample_rate: int, max_seconds: float, begin: float | None, *, has_pauses: bool
-    ) -> None:
-        self.sample_rate, self._max_seconds = sample_rate, max_seconds
-        self._has_pauses = has_pauses
+    def __init__(self, sample_rate: int, max_seconds: float, begin: float | None) -> None:
+        self.sample_rate, self.max_seconds = sample_rate, max_seconds
         self.num_samples = self.num_lost = 0
-        self._begin = begin  # time stamp of sample 0
+        self.unread_seconds = 0.0
+        """Seconds of sound for which there are unread bytes after the last gap."""
+        self.begin = begin  # time stamp of sample 0
         self._blocks: list[np.ndarray] = []  # [channels, num_samples], equally many channels
         self._mixed: list[np.ndarray] = []  # [num_samples]
         self._num_mixed = 0
@@ -152,12 +162,13 @@ class _Timeline:
         """Append samples `[channels, num_samples]`, with their time stamp in seconds if known."""
         if timestamp is not None:
             now = self.num_samples / self.sample_rate
-            gap = 0.0 if self._begin is None else timestamp - self._begin - now
-            if GAP_SECONDS < gap <= self._max_seconds - now:
-                begins = self.num_samples == 0
-                self.append_silence(gap, is_lost=not (begins or self._has_pauses))
-            elif self._begin is None or abs(gap) > GAP_SECONDS:  # the time stamps start anew
-                self._begin = timestamp - now
+            gap = 0.0 if self.begin is None else timestamp - self.begin - now
+            if GAP_SECONDS < gap <= self.max_seconds - now:
+                is_lost = self.num_samples > 0 and self.unread_seconds > UNREAD_SHARE * gap
+                self.append_silence(gap, is_lost=is_lost)
+                self.unread_seconds = 0.0
+            elif self.begin is None or abs(gap) > GAP_SECONDS:  # the time stamps start anew
+                self.begin = timestamp - now
         self._append(block)
 
     def append_silence(self, seconds: float, *, is_lost: bool) -> None:
@@ -172,7 +183,7 @@ class _Timeline:
             self._mix()
         self._blocks.append(block)
         self.num_samples += block.shape[1]
-        require_length(self.num_samples / self.sample_rate, self._max_seconds)
+        require_length(self.num_samples / self.sample_rate, self.max_seconds)
         if self.num_samples - self._num_mixed > MIX_SECONDS * self.sample_rate:
             self._mix()
 
@@ -185,6 +196,25 @@ class _Timeline:
         """Return all samples as one channel, `[num_samples]` float32."""
         self._mix()
         return np.concatenate([np.empty(0, np.float32), *self._mixed])
+
+
+class _Place:
+    """Where the packets of a stream are in the file."""
+
+    def __init__(self) -> None:
+        self.num_packets = self.longest_gap = 0
+        self.end = 1
+        """Number of bytes up to the end of the last packet."""
+
+    def append(self, packet: "av.Packet[av.AudioStream]") -> int:
+        """Append a packet, and return the number of bytes between it and the packet before it."""
+        start = packet.pos or 0
+        gap = max(start - self.end, 0) if self.num_packets else 0
+        self.longest_gap = max(self.longest_gap, gap)
+        # Several packets may have the same position, which is that of their page.
+        self.end = max(self.end, start) + packet.size
+        self.num_packets += packet.size > 0
+        return gap
 
 
 def _decode_packets(
@@ -201,15 +231,18 @@ def _decode_packets(
     require_shape(stream.channels, stream.sample_rate)
     start = None if clip.start_time is None else clip.start_time / av.time_base
     begin = 0.0 if any(known in name for known in FROM_ZERO) else start
-    sound = _Timeline(stream.sample_rate, max_seconds, begin, has_pauses=PAUSES in name)
+    sound = _Timeline(stream.sample_rate, max_seconds, begin)
     checks = "crccheck+explode" if codec in CHECKED else "crccheck"
     stream.codec_context.options = {"err_detect": checks}  # without checks, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
-    num_packets, num_bytes, end, longest_gap, skipped = 0, 0, 1, 0, 0.0
+    place, num_bytes, skipped = _Place(), 0, 0.0
     for packet in _packets(clip, stream):
-        num_packets += packet.size > 0
-        longest_gap = max(longest_gap, (packet.pos or 0) - end if num_bytes else 0)
-        end = max(end, (packet.pos or 0) + packet.size)
+        num_read, unread = place.end, place.append(packet)
+        if packet.is_corrupt:  # in MPEG transport streams, some packets before it are missing
+            unread = clip.size
+        if PAUSES not in name:
+            seconds = unread * sound.decoded_seconds / num_read
+            sound.unread_seconds = max(sound.unread_seconds, seconds)
         frames = _decode_packet(packet, codec)
         if frames is None:
             seconds = float((packet.duration or 0) * (packet.time_base or 0))
@@ -223,30 +256,78 @@ def _decode_packets(
             sound.append_silence(skipped, is_lost=True)
             skipped = 0.0
         for frame in frames:
-            _append_frame(sound, frame, to_float)
+            _append_frame(sound, frame, to_float, is_pcm=codec.startswith("pcm"))
     # A tag may follow the sound, so at most `GAP_SECONDS` of the skipped packets count as lost.
     sound.append_silence(min(skipped, GAP_SECONDS), is_lost=True)
-    rate, decoded = sound.sample_rate, sound.decoded_seconds
-    seconds, lost = sound.num_samples / rate, sound.num_lost / rate
-    missing = _declared_seconds(clip, stream, num_frames) - seconds
-    if MISSING_SECONDS < missing <= max_seconds - seconds:  # if longer, the header is wrong
-        lost += missing
-    is_fragmented = PAUSES in name and num_packets > stream.frames
-    if is_fragmented or (name == "ogg" and len(clip.streams) == 1):
+    lost = sound.num_lost / sound.sample_rate
+    lost += _lost_end_seconds(clip, stream, source, sound, place, num_frames)
+    return Decoded(sound.samples(), sound.sample_rate, lost, sound.decoded_seconds)
+
+
+def _lost_end_seconds(
+    clip: av.container.InputContainer,
+    stream: av.AudioStream,
+    source: str | BinaryIO,
+    sound: _Timeline,
+    place: _Place,
+    num_frames: int,
+) -> float:
+    """Return how many seconds are missing after the last frame, by the header or the last page."""
+    seconds, lost = sound.num_samples / sound.sample_rate, 0.0
+    declared, last = _declared_seconds(clip, stream, num_frames), None
+    is_single_ogg = clip.format.name == "ogg" and len(clip.streams) == 1
+    if is_single_ogg and (last := _last_timestamp_of_ogg(source)) is not None:
+        declared = float(last * (stream.time_base or 0)) - (sound.begin or 0.0)
+    missing = declared - seconds
+    if MISSING_SECONDS < missing <= sound.max_seconds - seconds:  # if longer, the header is wrong
+        lost = missing
+    is_fragmented = PAUSES in clip.format.name and place.num_packets > stream.frames
+    if is_fragmented or (is_single_ogg and last is None):
         # FFmpeg stops at a damaged fragment of an mp4, and where an ogg changes its sample rate.
         # The index of the fragments, or packets of other streams, may follow the last packet.
-        allowed = _index_bytes(source) + 2 * longest_gap if is_fragmented else OGG_PAGE_BYTES
-        if (unread := clip.size - end) > allowed:
-            lost += decoded * unread / end
-    return Decoded(sound.samples(), rate, lost, decoded)
+        allowed = _index_bytes(source) + 2 * place.longest_gap if is_fragmented else OGG_PAGE_BYTES
+        if (unread := clip.size - place.end) > allowed:
+            lost += sound.decoded_seconds * unread / place.end
+    return lost
 
 
 def _index_bytes(source: str | BinaryIO) -> int:
     """Return the size of the index at the end of an mp4; 0 if there is none."""
-    with Path(source).open("rb") if isinstance(source, str) else nullcontext(source) as file:
-        file.seek(-16, io.SEEK_END)
-        last = file.read()
+    last = _read_end(source, 16)
     return int.from_bytes(last[12:]) if last[4:8] == b"mfro" else 0
+
+
+def _last_timestamp_of_ogg(source: str | BinaryIO) -> int | None:
+    """Return the time stamp at the end of the last page, which may be incomplete (RFC 3533, 6).
+
+    The result is None if the last page belongs to another stream, as in a joined ogg.
+    """
+    with _opened(source) as file:
+        file.seek(0)
+        first = file.read(OGG_HEADER.size)
+    tail = _read_end(source, 2 * OGG_PAGE_BYTES)
+    place = len(tail)
+    while (place := tail.rfind(b"OggS", 0, place)) >= 0:
+        if place + OGG_HEADER.size > len(tail):
+            continue
+        timestamp, serial = OGG_HEADER.unpack_from(tail, place)
+        if serial != OGG_HEADER.unpack(first)[1]:
+            return None
+        if timestamp >= 0:  # it is -1 if no packet ends in the page
+            return int(timestamp)
+    return None
+
+
+def _read_end(source: str | BinaryIO, num_bytes: int) -> bytes:
+    """Return the last bytes of a file."""
+    with _opened(source) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(size - num_bytes, 0))
+        return file.read()
+
+
+def _opened(source: str | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    return Path(source).open("rb") if isinstance(source, str) else nullcontext(source)
 
 
 def _decode_packet(packet: "av.Packet[av.AudioStream]", codec: str) -> list[av.AudioFrame] | None:
@@ -259,14 +340,23 @@ def _decode_packet(packet: "av.Packet[av.AudioStream]", codec: str) -> list[av.A
         return None
 
 
-def _append_frame(sound: _Timeline, frame: av.AudioFrame, to_float: av.AudioResampler) -> None:
+def _append_frame(
+    sound: _Timeline, frame: av.AudioFrame, to_float: av.AudioResampler, *, is_pcm: bool
+) -> None:
+    """Append a frame, or silence if damage made its samples impossible.
+
+    The samples of PCM may have another scale, so `silence_impossible` examines the whole clip.
+    """
     if not sound.num_samples:
         sound.sample_rate = frame.sample_rate  # AAC's header may declare half the rate
     for block in to_float.resample(frame):
         samples = block.to_ndarray()
+        if is_damaged := not (is_pcm or is_possible(samples)):
+            samples = np.zeros_like(samples)
         if frame.sample_rate != sound.sample_rate:
             samples = soxr.resample(samples.T, frame.sample_rate, sound.sample_rate).T
         sound.append(samples, frame.time)
+        sound.num_lost += samples.shape[1] * is_damaged
 
 
 def _declared_seconds(
@@ -282,6 +372,9 @@ def _declared_seconds(
         return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate
     if codec.startswith(ESTIMATED_CODECS) or not any(known in name for known in EXACT_LENGTH):
         return 0.0
+    if length := DURATION.fullmatch(stream.metadata.get("DURATION", "")):  # of Matroska
+        hours, minutes, seconds = map(float, length.groups())
+        return 3600 * hours + 60 * minutes + seconds
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     return (clip.duration or 0) / av.time_base if len(clip.streams) == 1 else 0.0

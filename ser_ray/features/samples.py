@@ -18,6 +18,12 @@ MAX_PEAK = 8.0
 INTEGER_PEAK = 2.0**15
 """Full scale of larger float samples, because some tools write 16-bit values as floats. Samples
 above this value are not sound."""
+MIN_INTEGER_SHARE = 0.01
+"""In a recording of 16-bit values, at least this share of the samples, without zeros, is larger
+than MAX_PEAK, and less than this share of the large samples is larger than INTEGER_PEAK."""
+MAX_BETWEEN = 16
+"""If this many samples or fewer lie between two impossible samples, they are damaged too. Half of
+all random bits form possible samples."""
 MISSING_SECONDS = 0.25
 """The end of a file counts as lost if more than this many seconds of the declared length are
 missing. Smaller differences occur in undamaged files."""
@@ -60,14 +66,43 @@ class Decoded(NamedTuple):
     """Seconds of decoded sound, without the silence that replaces lost sound."""
 
 
-def silence_nonfinite(sound: Decoded) -> Decoded:
-    """Replace samples that are not finite numbers by silence, and count them as lost."""
+def silence_impossible(sound: Decoded) -> Decoded:
+    """Replace damaged float samples by silence, and count them as lost.
+
+    Damaged samples are not finite numbers, or too large, and so are the few samples between them.
+    If most samples are too large, their scale is unknown, and they are left to `to_full_scale`.
+    """
     samples, sample_rate, lost, decoded = sound
-    if samples.dtype == np.int16 or (is_finite := np.isfinite(samples)).all():
+    if samples.dtype == np.int16 or is_possible(samples):
         return sound
-    more = np.count_nonzero(~is_finite) / sample_rate
-    samples = np.where(is_finite, samples, np.float32(0))
-    return Decoded(samples, sample_rate, lost + more, decoded - more)
+    size = np.abs(samples)
+    num_beyond = np.count_nonzero((size > INTEGER_PEAK) & np.isfinite(size))
+    num_large = np.count_nonzero((size > MAX_PEAK) & np.isfinite(size))
+    num_sounding = np.count_nonzero(size)
+    if (
+        num_beyond <= num_large * MIN_INTEGER_SHARE
+        and num_large >= num_sounding * MIN_INTEGER_SHARE
+    ):
+        is_damaged = ~(size <= INTEGER_PEAK)
+    elif num_large <= num_sounding / 2:
+        is_damaged = ~(size <= MAX_PEAK)
+    else:
+        is_damaged = ~np.isfinite(size)
+    places = np.flatnonzero(is_damaged)
+    is_close = np.diff(places) <= MAX_BETWEEN + 1
+    steps = np.zeros(len(samples), np.int8)
+    steps[places[:-1][is_close]] += 1
+    steps[places[1:][is_close]] -= 1
+    is_damaged |= np.cumsum(steps, dtype=np.int8) > 0
+    more = np.count_nonzero(is_damaged) / sample_rate
+    samples = np.where(is_damaged, np.float32(0), samples)
+    return Decoded(samples, sample_rate, lost + more, max(decoded - more, 0.0))
+
+
+def is_possible(samples: np.ndarray) -> bool:
+    """Return whether all float samples are finite and at most MAX_PEAK."""
+    # The largest and the smallest sample need no copy of the samples; both are NaN if one is NaN.
+    return not samples.size or bool(samples.max() <= MAX_PEAK and samples.min() >= -MAX_PEAK)
 
 
 def to_full_scale(samples: np.ndarray) -> np.ndarray:
@@ -128,9 +163,9 @@ def to_mono(channels: np.ndarray) -> np.ndarray:
     This is assumed if the mean has less than half the power that a mean of unrelated channels has.
     Constant offsets do not count as power.
     """
-    if len(channels) == 1 or not channels.size:
-        return channels.mean(axis=0)
-    with np.errstate(invalid="ignore", over="ignore"):  # `silence_nonfinite` replaces these samples
+    with np.errstate(invalid="ignore", over="ignore"):  # `silence_impossible` finds these samples
+        if len(channels) == 1 or not channels.size:
+            return channels.mean(axis=0)
         powers = channels.var(axis=1)
         if np.isfinite(powers).all():
             is_heard = powers >= powers.max() * SILENT_CHANNEL_RATIO

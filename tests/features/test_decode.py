@@ -251,6 +251,73 @@ def test_float_samples_in_the_range_of_16_bits_are_scaled_to_1(tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("scale", [1, 32768])
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_damaged_bytes_of_a_float_wav_are_lost_and_the_rest_is_used(
+    tmp_path: Path, scale: int, subtype: str
+) -> None:
+    sound = voice(2.0)
+    path = write_wav(tmp_path / "a.wav", sound * scale, subtype=subtype)
+    data, rng = bytearray(path.read_bytes()), np.random.default_rng(0)
+    size = 4 if subtype == "FLOAT" else 8
+    middle = len(data) // 2 // size * size
+    num_bytes = 4_800 * size if scale == 1 else size
+    data[middle : middle + num_bytes] = rng.bytes(num_bytes) if scale == 1 else b"\x7e" * size
+    path.write_bytes(data)
+    found = decode(str(path))
+    lost = num_bytes / size / 48_000
+    assert found.lost_seconds == pytest.approx(lost, rel=0.02)
+    first, last = 40_000, 60_000
+    np.testing.assert_allclose(found.samples[:first], sound[:first], atol=1e-6)
+    np.testing.assert_allclose(found.samples[last:], sound[last:], atol=1e-6)
+
+
+def test_a_wav_of_random_floats_has_no_sound(tmp_path: Path) -> None:
+    bits = np.frombuffer(np.random.default_rng(0).bytes(400_000), np.float32)
+    error = failure(write_wav(tmp_path / "a.wav", bits, subtype="FLOAT"))
+    assert error.reason.startswith("only 0.00 s of its 2.08 s can be decoded")
+
+
+def test_a_damaged_frame_with_impossible_samples_is_lost(tmp_path: Path) -> None:
+    """Damaged AAC may be decoded to samples that are thousands of times as large as full scale."""
+    sound = voice(4.0)
+    damaged = sound.copy()
+    damaged[96_000:105_600] *= 10_000
+    found = decode(str(write_sound(tmp_path / "a.m4a", damaged, "aac", "mp4")))
+    assert 0.02 <= found.lost_seconds <= 0.25
+    np.testing.assert_allclose(found.samples[:80_000], sound[:80_000], atol=0.15)
+    np.testing.assert_allclose(found.samples[120_000:192_000], sound[120_000:], atol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.wav", "pcm_s16le", "wav"),
+        ("a.m4a", "aac", "mp4"),
+        ("a.wv", "wavpack", "wv"),
+        ("a.ac3", "ac3", "ac3"),
+        ("a.flac", "flac", "flac"),
+    ],
+)
+def test_a_tag_before_or_after_the_sound_is_skipped(
+    tmp_path: Path, name: str, codec: str, container: str
+) -> None:
+    path = write_sound(tmp_path / name, voice(2.0), codec, container)
+    data, plain = path.read_bytes(), decode(str(path))
+    tag = b"ID3\x04\0\0\0\0\x0f\x76" + b"TIT2" + bytes((0x0F << 7 | 0x76) - 4)
+    path.write_bytes(tag + data)
+    found = decode(str(path))
+    np.testing.assert_array_equal(found.samples, plain.samples)
+    assert found.loss is None
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(decode(file).samples, plain.samples)
+    if name == "a.wav":
+        path.write_bytes(data + b"TAG" + b"a" * 125)
+        np.testing.assert_array_equal(decode(str(path)).samples, plain.samples)
+        path.write_bytes(tag + data[: len(data) * 3 // 4])
+        assert decode(str(path)).lost_seconds == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("declared", [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000])
 def test_a_wav_from_a_pipe_is_decoded_to_its_end(
     tmp_path: Path, samples: np.ndarray, declared: int
@@ -440,9 +507,21 @@ def test_of_several_audio_streams_the_first_that_is_not_silent_is_decoded(
         np.testing.assert_array_equal(decode(file).samples, found)
 
 
-def test_a_pause_of_the_recorder_is_silent_and_not_a_loss(tmp_path: Path) -> None:
-    plain = write_sound(tmp_path / "a.m4a", voice(3.0), "aac", "mp4")
-    samples, rate, lost = decode(str(delayed(plain, tmp_path / "pause.m4a", 2.0, 1.0)))
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.m4a", "aac", "mp4"),
+        ("a.mka", "aac", "matroska"),
+        ("a.webm", "libopus", "webm"),
+        ("a.opus", "libopus", "ogg"),
+        ("a.ts", "aac", "mpegts"),
+    ],
+)
+def test_a_pause_of_the_recorder_is_silent_and_not_a_loss(
+    tmp_path: Path, name: str, codec: str, container: str
+) -> None:
+    plain = write_sound(tmp_path / name, voice(3.0), codec, container)
+    samples, rate, lost = decode(str(delayed(plain, tmp_path / f"pause.{name}", 2.0, 1.0)))
     assert lost == 0
     assert len(samples) / rate == pytest.approx(5.0, abs=0.1)
     assert np.abs(samples[round(1.2 * rate) : round(2.8 * rate)]).max() == 0
@@ -609,6 +688,30 @@ def test_all_samples_of_a_wav_are_read_if_they_are_in_several_chunks(
     assert decode(str(path)).lost_seconds == pytest.approx(15_000 / 48_000)
 
 
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16"])
+def test_the_lost_end_of_a_voc_is_reported(tmp_path: Path, subtype: str) -> None:
+    """Its blocks declare their length."""
+    path = tmp_path / "a.voc"
+    soundfile.write(path, voice(4.0, 8_000), 8_000, format="VOC", subtype=subtype)
+    assert decode(str(path)).loss is None
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    assert decode(str(path)).lost_seconds == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("codec", "seconds"), [("libopus", 4.0), ("flac", 4.2)])
+def test_the_loss_of_an_incomplete_ogg_is_that_of_its_last_page(
+    tmp_path: Path, codec: str, seconds: float
+) -> None:
+    """The last page declares the time at which it ends."""
+    path = write_sound(tmp_path / "a.ogg", voice(seconds), codec, "ogg")
+    data = path.read_bytes()
+    for share in (7, 8, 9):
+        path.write_bytes(data[: len(data) * share // 10])
+        found = decode(str(path))
+        assert 0.5 <= found.lost_seconds <= 1.1
+
+
 @pytest.mark.parametrize("codec", ["libopus", "flac"])
 def test_the_incomplete_last_page_of_an_ogg_is_lost(tmp_path: Path, codec: str) -> None:
     """No header of an ogg declares how many pages there were."""
@@ -675,6 +778,12 @@ def test_the_lost_end_of_a_film_is_reported_but_not_a_short_soundtrack(
     assert decode(str(path)).loss is None
     path.write_bytes(data[: len(data) * 6 // 10])
     assert decode(str(path)).lost_seconds > 1.2
+    if container != "asf":  # the length of each stream is in a tag
+        middle = len(data) * 6 // 10  # FFmpeg continues with the next cluster, if there is one
+        path.write_bytes(data[:middle] + bytes(9_000) + data[middle + 9_000 :])
+        found = decode(str(path))
+        total = len(found.samples) / found.sample_rate
+        assert found.lost_seconds > max(6.0 - total, 0.05) - 0.05
 
 
 def test_of_a_joined_ogg_with_another_sample_rate_the_first_part_is_used(tmp_path: Path) -> None:

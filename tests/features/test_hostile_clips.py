@@ -99,7 +99,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "nan": (lambda path: float_wav(path, np.nan), "ok", ""),
     "infinity": (lambda path: float_wav(path, -np.inf), "ok", ""),
-    "float32 at its end": (lambda path: float_wav(path, 3e38), "unreadable", "as large as 3e+38"),
+    "float32 at its end": (lambda path: float_wav(path, 3e38), "ok", ""),
     "both infinities": (
         lambda path: write_wav(path, np.full((9, 2), (np.inf, -np.inf)), subtype="FLOAT"),
         "unreadable",
