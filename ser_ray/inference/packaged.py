@@ -4,19 +4,23 @@ This module implements MLflow's `loader_module` protocol: `_load_pyfunc` opens t
 directory. The input has a row for each recording, with a value in one of these columns:
 
 path       path or URI of a recording that the model's machine can open
-audio      the content of a file: base64, a data URI, or bytes
+audio      the content of a file: base64, a data URI with base64, or bytes
 waveform   mono samples, floats in [-1, 1] or integers on the scale of int16; the column
            `sample_rate` is their rate in hertz, by default 16000
 
 The output has a row for each recording with `emotion`, a probability for every label, `status`,
 `reason` and `warning`. The input columns of the signature have the type Any: with the type double,
 MLflow refuses integers, and with the type binary, it refuses rows that use different columns.
+MLflow reads no CSV for this signature, so requests are JSON or Parquet.
 """
 
 import base64
+import os
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -32,6 +36,8 @@ _REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "a
                 "safetensors", "pandas")  # fmt: skip
 """The packages that every model needs."""
 
+KINDS = ("path", "audio", "waveform")
+"""The input columns of which a row has a value in one."""
 WAVEFORM_RATE = 16_000.0
 """Sample rate of a waveform in hertz if the row gives no rate."""
 ROW_FORMAT = (
@@ -39,6 +45,8 @@ ROW_FORMAT = (
     '{"audio": "BASE64"} or {"waveform": [0.1, ...], "sample_rate": 16000}'
 )
 """Advice at the end of error messages about a row."""
+TEXT_COLUMNS = ("emotion", "status", "reason", "warning")
+"""The output columns besides the probabilities."""
 EXAMPLE_SECONDS = 0.25
 """Length of the waveform in the example that MLflow stores with the model."""
 
@@ -78,19 +86,22 @@ class PackagedModel:
             prediction = Prediction(path="", status=error.status, reason=error.reason)
         return {
             "emotion": prediction.emotion or "",
-            **(prediction.probabilities or dict.fromkeys(self.predictor.labels)),
+            **{
+                probability_column(label): (prediction.probabilities or {}).get(label)
+                for label in self.predictor.labels
+            },
             "status": prediction.status,
             "reason": prediction.reason or "",
             "warning": prediction.warning or "",
         }
 
     def _predict(self, row: dict[Any, Any]) -> Prediction:
-        kinds = [kind for kind in ("path", "audio", "waveform") if kind in row]
+        kinds = [kind for kind in KINDS if kind in row]
         if len(kinds) != 1:
-            found = " and ".join(kinds) or "none of path, audio and waveform"
+            found = " and ".join(kinds) or "a value in none of path, audio and waveform"
             raise ClipError("unreadable", f"the row has {found}; {ROW_FORMAT}")
         if kinds == ["path"]:
-            if not isinstance(row["path"], str):
+            if not isinstance(row["path"], str | os.PathLike):
                 raise ClipError("unreadable", f"path is not a string; {ROW_FORMAT}")
             return self.predictor.predict(row["path"])
         if kinds == ["audio"]:
@@ -101,9 +112,17 @@ class PackagedModel:
             raise ClipError(
                 "unreadable", f"the waveform is not a list of numbers; {ROW_FORMAT}"
             ) from None
-        return self.predictor.predict_samples(
+        prediction = self.predictor.predict_samples(
             samples, row.get("sample_rate", WAVEFORM_RATE), "waveform"
         )
+        if prediction.status == "unreadable":
+            raise ClipError("unreadable", f"{prediction.reason}; {ROW_FORMAT}")
+        return prediction
+
+
+def probability_column(label: str) -> str:
+    """Return the output column with the probability of a label: the label, unless it is taken."""
+    return f"p_{label}" if label in TEXT_COLUMNS else label
 
 
 def example_input() -> "pd.DataFrame":
@@ -119,37 +138,60 @@ def _one_row_per_recording(rows: "pd.DataFrame") -> "pd.DataFrame":
     """Return a table with one row for each recording.
 
     From a request with the key `inputs`, MLflow makes one row for a list of paths, and one row for
-    each sample of a single waveform.
+    each number of a list: a sample of a waveform, or a byte of a file. A list of bytes is refused,
+    but with one answer.
     """
-    waveform = rows.get("waveform")
-    if waveform is not None and waveform.dtype.kind in "iuf" and waveform.notna().all():
-        return rows.head(1).assign(waveform=[waveform.tolist()])
-    list_columns = [
-        name
-        for name in ("path", "audio")
-        if name in rows and rows[name].map(lambda cell: isinstance(cell, list)).any()
-    ]
-    return rows.explode(list_columns, ignore_index=True) if len(list_columns) == 1 else rows
+    kinds = [name for name in KINDS if name in rows and rows[name].notna().any()]
+    if len(kinds) != 1:
+        return rows
+    cells = rows[kinds[0]]
+    if kinds != ["path"] and _are_numbers(cells):
+        return rows.head(1).assign(**{kinds[0]: [cells.tolist()]})
+    if len(rows) == 1 and kinds != ["waveform"] and _is_list_of_files(cells.iloc[0]):
+        return rows.explode(kinds, ignore_index=True)
+    return rows
+
+
+def _are_numbers(cells: "pd.Series") -> bool:
+    """Return whether every cell is a number or a missing value."""
+    return cells.dtype.kind in "iufb" or all(
+        cell is None or isinstance(cell, Real) for cell in cells
+    )
+
+
+def _is_list_of_files(cell: Any) -> bool:
+    """Return whether a cell is a list of paths or of the contents of files."""
+    return isinstance(cell, list) and all(isinstance(item, str | bytes) for item in cell)
 
 
 def _file_bytes(audio: Any) -> bytes:
     """Return a file's content, which is given as bytes, base64 or a data URI.
 
+    Base64 may be the variant for URLs, and may lack its padding.
+
     Raises:
         ClipError: the value has another form.
     """
-    if isinstance(audio, bytes):
-        return audio
-    text = str(audio).partition(";base64,")[2] if str(audio).startswith("data:") else str(audio)
+    if isinstance(audio, bytes | bytearray | memoryview):
+        return bytes(audio)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        header, _, data = str(audio).partition(",")
+        is_uri = header[:5].lower() == "data:"
+        if is_uri and not header.lower().endswith(";base64"):
+            raise ValueError("a data URI without base64")
+        text = "".join((unquote(data) if is_uri else str(audio)).split())
+        text = text.replace("-", "+").replace("_", "/").rstrip("=")
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:
         reason = f"audio is neither base64 nor a data URI with base64; {ROW_FORMAT}"
         raise ClipError("unreadable", reason) from None
 
 
 def _is_given(value: Any) -> bool:
-    return not (value is None or (isinstance(value, float) and np.isnan(value)))
+    """Return whether a cell has a value. An empty text is a missing value."""
+    import pandas as pd
+
+    return not (pd.api.types.is_scalar(value) and (pd.isna(value) or value == ""))
 
 
 def _load_pyfunc(data_path: str) -> PackagedModel:

@@ -9,7 +9,8 @@ takes little longer than importing torch.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -98,15 +99,22 @@ class Predictor:
 
         Args:
             audio: path or URI of an audio or video file, samples as for `predict_samples`, or a
-                sequence of these.
+                sequence of these. A list of numbers holds samples.
             sample_rate: sample rate of the samples in hertz.
 
         Raises:
-            ConfigError: there are samples, but no sample rate.
+            ConfigError: there are samples, but no sample rate; or `audio` is none of these.
         """
         if isinstance(audio, str | bytes | os.PathLike):
             return self.predict_file(os.fsdecode(audio))
-        if not hasattr(audio, "__array__"):
+        if isinstance(audio, list | tuple) and audio and isinstance(audio[0], Real):
+            audio = np.asarray(audio)
+        if not hasattr(audio, "__array__") or np.asarray(audio).dtype.kind in "OU":
+            if isinstance(audio, Mapping) or not isinstance(audio, Iterable):
+                raise ConfigError(
+                    f"a recording is of type {type(audio).__name__}: give a path, an array of "
+                    "samples and their rate, or a list of these"
+                )
             return Predictions(self.predict(item, sample_rate) for item in audio)
         if sample_rate is None:
             raise ConfigError("samples need their rate in hertz, as in predict(samples, 16000)")
@@ -217,6 +225,9 @@ def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
             f"samples of shape {list(samples.shape)} and type {samples.dtype} are not one channel "
             "of numbers",
         )
+    if not isinstance(sample_rate, Real):
+        kind = type(sample_rate).__name__
+        raise ClipError("unreadable", f"the sample rate is not a number but of type {kind}")
     if sample_rate not in SAMPLE_RATES:
         raise ClipError(
             "unreadable",

@@ -37,7 +37,7 @@ NOTE = "mlflow.note.content"
 LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Names of the lines of a description, in order."""
 MAX_TAG_LENGTH = 5000
-"""Largest length of a tag's value that every store of MLflow accepts."""
+"""Largest length of a tag's value or a description that every store of MLflow accepts."""
 MLFLOW_TYPES = {"int8": "long", "int32": "long", "int64": "long", "double": "double"}
 """MLflow's names of the Arrow types of the clips' columns. Other columns are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
@@ -162,11 +162,14 @@ def model_signature(labels: Sequence[str]) -> Any:
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType
 
+    from ser_ray.inference.packaged import TEXT_COLUMNS, probability_column
+
     inputs = ("path", "audio", "waveform", "sample_rate")
     # A recording that cannot be scored has no probabilities.
-    probabilities = [ColSpec("double", label, required=False) for label in labels]
-    texts = (ColSpec("string", name) for name in ("status", "reason", "warning"))
+    names = map(probability_column, labels)
+    probabilities = [ColSpec("double", name, required=False) for name in names]
+    emotion, *texts = (ColSpec("string", name) for name in TEXT_COLUMNS)
     return ModelSignature(
         Schema([ColSpec(AnyType(), name, required=False) for name in inputs]),
-        Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
+        Schema([emotion, *probabilities, *texts]),
     )

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,6 +30,23 @@ from tests.clips import voice, write_sound, write_video, write_wav
 from tests.models import CONFIG, FEATURES, LABELS, make_checkpoint
 
 RATE = 48_000
+
+
+def test_a_list_of_numbers_holds_samples_and_an_array_of_texts_holds_paths(checkpoint, tmp_path):
+    predictor = Predictor(checkpoint)
+    path = write_wav(tmp_path / "clip.wav", voice())
+    samples = voice()
+    expected = predictor.predict(samples, RATE)
+    assert predictor.predict(samples.tolist(), RATE) == expected
+    assert predictor.predict(tuple(samples.tolist()), RATE) == expected
+    assert list(predictor.predict(np.array([str(path)]))) == [predictor.predict(path)]
+    with pytest.raises(ConfigError, match="need their rate"):
+        predictor.predict(samples.tolist())
+    for recording in (None, 5, [None], {"path": str(path)}):
+        with pytest.raises(ConfigError, match=r"a recording is of type \w+: give a path"):
+            predictor.predict(recording, RATE)
+    refused = predictor.predict_samples(samples, cast(float, np.array([RATE, RATE])), "samples")
+    assert refused.reason == "the sample rate is not a number but of type ndarray"
 
 
 def as_in_validation(checkpoint: Path, predictor: Predictor, path: Path) -> np.ndarray:
