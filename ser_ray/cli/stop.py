@@ -110,8 +110,12 @@ def _leave_terminal() -> None:
 def make_output_safe() -> None:
     """Replace characters that the encoding of standard output or standard error lacks.
 
-    The locale or PYTHONIOENCODING may allow only ASCII, and a file name may be invalid UTF-8.
+    The locale or PYTHONIOENCODING may allow only ASCII, and a file name may be invalid UTF-8. If a
+    stream was closed before Python started, its output is discarded.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
     codecs.register_error("readable", _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -178,6 +178,15 @@ def test_output_is_readable_in_ascii(monkeypatch):
     assert written.getvalue() == b"UA 71 % +- 2 %, 0:01-0:03 ## M\\xfcller\\udcff.wav\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_verb_runs_although_its_output_is_closed(closed, in_tmp):
+    done = subprocess.run(
+        f"{sys.executable} -m ser_ray train --dry-run {closed}", shell=True, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (b'"train"' in done.stdout) == (">&-" not in closed.split())
+
+
 def test_a_full_disk_is_one_line(verb, capsys):
     def work() -> VerbResult:
         with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
