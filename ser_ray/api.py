@@ -457,6 +457,7 @@ def evaluate(
     from ser_ray.evaluation.to_mlflow import record_evaluation
     from ser_ray.storage.paths import short_digest
     from ser_ray.tracking.registry import local_model
+    from ser_ray.tracking.tracker import store_of_run
 
     with local_model(model, tracking_uri) as checkpoint:
         shards = shards or shards_of(checkpoint, (SHARDS, SYNTHETIC_SHARDS))
@@ -478,6 +479,9 @@ def evaluate(
             evaluation = replace(evaluation, under=score_under(evaluation, predicted))
     if evaluation.origin and evaluation.is_own_test:
         try:
+            recorded, run_id = evaluation.origin["tracking_uri"], evaluation.origin["run_id"]
+            uri = store_of_run(tracking_uri, recorded, run_id)
+            evaluation = replace(evaluation, origin={**evaluation.origin, "tracking_uri": uri})
             record_evaluation(evaluation, audio=audio)
         except TrackingError as error:
             logger.warning("the scores are not recorded in the training's MLflow run: %s", error)

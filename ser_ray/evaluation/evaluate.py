@@ -100,6 +100,7 @@ def evaluate(
             table.take(rows), apply_temperature(probabilities, card.temperature), card.labels
         ),
         origin=origin,
+        shards=shards.locations,
         report=origin.get("report", "") if is_own_test else "",
     )
 

@@ -62,6 +62,8 @@ class Evaluation:
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Record of the run that trained the model (`ser_ray.evaluation.evaluate.origin_of`); empty if
     there is none."""
+    shards: tuple[str, ...] = ()
+    """Locations of the shard sets that were scored; empty if several folds are pooled."""
     report: str = ""
     """Location of the page that shows these scores; empty if there is none."""
     under: tuple[Row, ...] = ()
@@ -244,7 +246,8 @@ class Evaluation:
             "hardest": hardest.to_pylist(),
             "confusion": self.scores.confusion.tolist(),
             "under": list(self.under),
-            **self.origin,
+            **self.origin,  # its shards are those of the training
+            "shards": list(self.shards),
             "report": self.report,
         }
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ser_ray.errors import CheckpointError, first_line
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.evaluation import Evaluation, Part
 from ser_ray.search.trial import TrialRecord
@@ -64,10 +65,22 @@ def write_predictions(predictions: pa.Table, folder: str) -> None:
 
 
 def read_fold(part: Part, location: str, trial: TrialRecord, tracking_uri: str) -> Evaluation:
-    """Read the evaluation of a fold from the files that `score_and_store_fold` wrote."""
-    filesystem, path = filesystem_of(fold_folder(location, trial.recipe))
-    with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
-        card = CheckpointCard.from_json(stream.read().decode())
+    """Read the evaluation of a fold from the files that `score_and_store_fold` wrote.
+
+    Raises:
+        CheckpointError: the files were deleted, or cannot be read.
+    """
+    folder = fold_folder(location, trial.recipe)
+    filesystem, path = filesystem_of(folder)
+    try:
+        with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
+            card = CheckpointCard.from_json(stream.read().decode())
+        predictions = pq.read_table(f"{path}/{PREDICTIONS}", filesystem=filesystem)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CheckpointError(
+            f"{folder}: the files of this finished fold are missing or cannot be read "
+            f"({first_line(error)}); restore them, or give another --name to train the folds again"
+        ) from error
     return Evaluation(
         card=card,
         part=part,
@@ -75,7 +88,7 @@ def read_fold(part: Part, location: str, trial: TrialRecord, tracking_uri: str) 
         corpus=card.corpus,
         is_own_test=part == "test",
         seen_speakers=(),
-        predictions=pq.read_table(f"{path}/{PREDICTIONS}", filesystem=filesystem),
+        predictions=predictions,
         origin={"run_id": trial.run_id, "tracking_uri": tracking_uri},
         report=location_inside(location, trial.page),
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.card import UsedCorpus, have_prefixes
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.run_metadata import SHARDS_TAG
+from ser_ray.tracking.run_metadata import MAX_TAG_LENGTH, SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, as_tracking_error, connect, resolve_uri
 from ser_ray.tracking.tracker import flatten, model_id_of
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
@@ -235,7 +235,7 @@ def _model_uri(client: "MlflowClient", model: str) -> str:
         run = client.get_run(model.removeprefix("runs:/").removesuffix("/model"))
     else:
         found = mlflow.search_runs(
-            filter_string=f"attributes.run_name = '{model}'",
+            filter_string=f"attributes.run_name = {_quoted(model)}",
             max_results=1,
             search_all_experiments=True,
             output_format="list",
@@ -248,6 +248,11 @@ def _model_uri(client: "MlflowClient", model: str) -> str:
     if model_id := model_id_of(run):
         return f"models:/{model_id}"
     raise TrackingError(f"{run.info.run_id}: this run has no model{ADVICE}")
+
+
+def _quoted(text: str) -> str:
+    """Quote a text for MLflow's filters, which have no escapes, but two kinds of quotes."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
@@ -387,7 +392,7 @@ def register_model(
     """Register a run's packaged model as a new version; return the number of the version.
 
     Args:
-        card: description of the version, as Markdown.
+        card: description of the version, as Markdown. Its middle is left out if it is too long.
 
     Raises:
         TrackingError: the store refused the version, its description or its alias. Then no new
@@ -402,10 +407,22 @@ def register_model(
         with redirect_stderr(StringIO()):  # MLflow prints the version, and so does the caller
             made = mlflow.register_model(_model_uri(client, run_id), name, tags=dict(tags))
         try:
-            client.update_model_version(name, made.version, description=card)
+            client.update_model_version(name, made.version, description=_shortened(card))
             if alias:
                 client.set_registered_model_alias(name, alias, made.version)
         except MlflowException:
             client.delete_model_version(name, made.version)
             raise
     return str(made.version)
+
+
+def _shortened(card: str) -> str:
+    """Return a model card that every store accepts as a description.
+
+    The middle of a longer card is left out, because its limits and its licence are at its end.
+    """
+    if len(card) <= MAX_TAG_LENGTH:
+        return card
+    mark = "\n\n[...]\n\n"
+    end = card[card.find("\n## Limits") :][-MAX_TAG_LENGTH // 2 :]
+    return card[: MAX_TAG_LENGTH - len(mark) - len(end)] + mark + end

@@ -27,7 +27,13 @@ from ser_ray.tracking.run_metadata import (
     model_name,
     model_signature,
 )
-from ser_ray.tracking.store import as_tracking_error, connect, experiment_id_of, set_tracking_uri
+from ser_ray.tracking.store import (
+    as_tracking_error,
+    connect,
+    experiment_id_of,
+    resolve_uri,
+    set_tracking_uri,
+)
 from ser_ray.tracking.views import save_view
 
 if TYPE_CHECKING:
@@ -400,6 +406,21 @@ def has_run(uri: str, run_id: str) -> bool:
     except TrackingError:
         return False
     return True
+
+
+def store_of_run(tracking_uri: str, recorded_uri: str, run_id: str) -> str:
+    """Return the store that a run is read from and recorded in, as `resolve_uri` returns it.
+
+    This is the store of the user if it has the run, because the recorded address may be outdated:
+    a store can be moved or copied, and a server can get another address.
+
+    Args:
+        tracking_uri: the user's store, as `resolve_uri` takes it.
+        recorded_uri: the store that the training recorded beside its checkpoint.
+        run_id: id of the run.
+    """
+    uri = resolve_uri(tracking_uri)
+    return uri if uri != recorded_uri and has_run(uri, run_id) else recorded_uri
 
 
 def run_to_resume(uri: str, record: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from ser_ray.training.data import Normalisation
 from ser_ray.training.parts import describe_split, select_rows
 from ser_ray.training.recipe import TrainConfig
 from tests.conftest import MemoryShards, make_memory_shards
+from tests.mlflow_store import new_store
 from tests.models import make_checkpoint
 
 CONFIG = TrainConfig(protocol="speaker-3", crop_frames=16, weights="none")
@@ -414,6 +415,24 @@ def test_scores_of_other_clips_have_a_page_of_their_own(shards, checkpoint, in_t
     (page,) = (in_tmp / "ser-ray-out" / "evaluations").glob("*.html")
     assert str(page.relative_to(in_tmp)) in capsys.readouterr().out
     assert f"{evaluate(checkpoint, 'elsewhere').scores.ua:.1%}</dd>" in page.read_text()
+
+
+def test_scores_go_to_the_named_store_if_it_has_the_run(shards, checkpoint, in_tmp, capsys):
+    """The store that the training recorded may have moved."""
+    uri = new_store(in_tmp / "moved")
+    run = Tracker.start(uri, "test", name="run", params={}, tags={})
+    origin = {"run_id": run.run_id, "tracking_uri": "http://127.0.0.1:9", "report": "report.html"}
+    scored = evaluate(checkpoint, "here")
+    page = run_page(scored.card, scored, name="run", audio=False)
+    Path("report.html").write_text(page)
+    origin["shards"] = ["where it was trained"]
+    (checkpoint / "run.json").write_text(json.dumps(origin))
+    command = ["evaluate", str(checkpoint), "--shards", "here", "--tracking-uri", uri, "--json"]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert run.read().data.metrics["test/ua"] == printed["ua"]
+    assert printed["tracking_uri"] == uri
+    assert printed["shards"] == list(scored.shards)
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///{folder}/gone.db", "http://127.0.0.1:9"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from ser_ray.evaluation.rendering import render
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predictor import Predictor
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.registry import best_training_of, local_model
-from ser_ray.tracking.run_metadata import dataset_of
+from ser_ray.tracking.registry import best_training_of, local_model, register_model
+from ser_ray.tracking.run_metadata import MAX_TAG_LENGTH, dataset_of, model_signature
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.recipe import TrainConfig
@@ -181,6 +182,12 @@ def test_a_real_server_answers_paths_bytes_and_waveforms(server, store, clip, tm
     require_answer(row, waveform)
 
 
+def packaged(store: Store) -> PackagedModel:
+    model = PackagedModel.__new__(PackagedModel)
+    model.predictor = store.predictor
+    return model
+
+
 def in_columns(rows: list[dict]) -> dict[str, list]:
     return {name: [row[name] for row in rows if name in row] for row in rows for name in row}
 
@@ -296,13 +303,20 @@ assert ser_ray.__file__.endswith("any name/code/ser_ray/__init__.py"), ser_ray._
     ("row", "reason"),
     [
         ({}, "none of path, audio and waveform; send"),
+        ({"path": "", "audio": ""}, "a value in none of path, audio and waveform; send"),
         ({"path": "a.wav", "audio": b""}, "the row has path and audio; send"),
         ({"path": 1}, "path is not a string; send"),
         ({"audio": "%"}, "neither base64 nor a data URI"),
-        ({"waveform": "a.wav"}, "not one channel of numbers"),
+        ({"audio": "data:audio/wav,%00"}, "neither base64 nor a data URI"),
+        ({"audio": [82, 73, 70, 70]}, "neither base64 nor a data URI"),
+        ({"waveform": "a.wav"}, "not one channel of numbers; send"),
+        ({"waveform": ["1", "2"]}, "not one channel of numbers; send"),
+        ({"waveform": [0.1, None]}, "not one channel of numbers; send"),
         ({"waveform": [[0.1], [0.1, 0.2]]}, "not a list of numbers"),
         ({"waveform": [[0.1], [0.2]]}, "shape [2, 1] and type float64 are not one channel"),
-        ({"waveform": [0.1] * 999, "sample_rate": "16 kHz"}, "the sample rate is 16 kHz"),
+        ({"waveform": [0.1] * 999, "sample_rate": "16 kHz"}, "not a number but of type str; send"),
+        ({"waveform": [0.1] * 999, "sample_rate": "16000"}, "not a number but of type str; send"),
+        ({"waveform": [0.1] * 999, "sample_rate": [16000]}, "not a number but of type list; send"),
         ({"waveform": [0.1, float("inf")]}, "finite numbers"),
         ({"waveform": [0.1] * 999, "sample_rate": -1}, "the sample rate is -1: it must be a whole"),
         ({"waveform": [0.1] * 999, "sample_rate": 16}, "the sample rate is 16: it must be a whole"),
@@ -314,13 +328,68 @@ assert ser_ray.__file__.endswith("any name/code/ser_ray/__init__.py"), ser_ray._
 def test_rows_that_hold_no_recording_are_answered_with_a_reason(store, row, reason):
     import pandas as pd
 
-    model = PackagedModel.__new__(PackagedModel)
-    model.predictor = store.predictor
     frame = pd.DataFrame([row or {"path": None}], dtype=object)
-    (answer,) = model.predict(frame).to_dict(orient="records")
+    (answer,) = packaged(store).predict(frame).to_dict(orient="records")
     assert reason in answer["reason"]
     assert answer["status"] != "ok"
     assert [answer[label] for label in LABELS] == [None] * len(LABELS), "NaN is not JSON"
+
+
+def test_content_of_a_file_is_found_in_every_form_of_base64_and_bytes(store, clip):
+    import pandas as pd
+
+    content = clip.read_bytes()
+    text = base64.b64encode(content).decode()
+    forms = [
+        text, f" {text[:76]}\n{text[76:]}",
+        text.rstrip("="), text.replace("+", "-").replace("/", "_"),
+        f"data:audio/wav;base64,{text}", f"DATA:audio/webm;codecs=opus;BASE64,{quote(text)}",
+        content, bytearray(content), memoryview(content),
+    ]  # fmt: skip
+    answers = packaged(store).predict(pd.DataFrame({"audio": forms}, dtype=object))
+    expected = store.predictor.predict(clip).probabilities
+    assert len(answers) == len(forms)
+    for answer in answers.to_dict(orient="records"):
+        require_answer(answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("columns", "answers"),
+    [
+        ({"waveform": [0.1, None, 0.2]}, 1),  # MLflow's table of {"inputs": {"waveform": [...]}}
+        ({"waveform": [True, False]}, 1),
+        ({"audio": [82, 73, 70, 70]}, 1),
+        ({"audio": [[82, 73, 70, 70]]}, 1),
+        ({"path": [["a.wav", "b.wav"]]}, 2),
+        ({"path": [["a.wav", "b.wav"], "c.wav"]}, 2),
+        ({"waveform": [0.1, None], "path": [None, "a.wav"]}, 2),
+        ({"path": ["a.wav", None], "audio": [float("nan"), "%"]}, 2),
+    ],
+)
+def test_a_request_gets_one_answer_for_each_recording(store, columns, answers):
+    """A list of bytes got one refusal for each byte."""
+    import pandas as pd
+
+    found = packaged(store).predict(pd.DataFrame(columns))
+    assert len(found) == answers
+    assert "ok" not in set(found["status"])
+
+
+def test_a_label_that_is_named_like_another_column_has_a_column_of_its_own(tmp_path):
+    import pandas as pd
+
+    from ser_ray.inference.packaged import example_input
+
+    labels = ("angry", "emotion", "status", "warning")
+    make_checkpoint(tmp_path, labels=labels)
+    model = PackagedModel(tmp_path)
+    (answer,) = model.predict(pd.DataFrame(example_input())).to_dict(orient="records")
+    assert answer["status"] == "ok"
+    assert "background" in answer["warning"]
+    assert answer["emotion"] in labels
+    names = ("angry", "p_emotion", "p_status", "p_warning")
+    assert sum(answer[name] for name in names) == pytest.approx(1)
+    assert model_signature(labels).outputs.input_names() == list(answer)
 
 
 def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
@@ -344,6 +413,29 @@ def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
     assert version.description is not None
     assert "UA 50.0% (95 % interval over 2 speakers 30.0% to 70.0%)" in version.description
     assert "| female | 8 | 62.5% | 50.0% |" in version.description
+
+
+def test_a_run_whose_name_has_an_apostrophe_is_a_model(store):
+    with (
+        pytest.raises(TrackingError, match="no run of this name in MLflow"),
+        local_model("the speaker's", store.uri),
+    ):
+        pass
+    run = store.start("the speaker's own", TrainConfig(), ua=0.1)
+    with (
+        pytest.raises(TrackingError, match=f"{run.run_id}: this run has no model"),
+        local_model("the speaker's own", store.uri),
+    ):
+        pass
+
+
+def test_a_long_card_is_a_description_that_every_store_accepts(store):
+    card = f"# Model\n\n{'x' * 9_000}\n\n## Limits\n\nTest.\n\n## Licence\n\nFree."
+    version = register_model(store.run_id, store.uri, "long", "", {}, card)
+    description = connect(store.uri).get_model_version("long", version).description
+    assert len(description) == MAX_TAG_LENGTH
+    assert description.startswith("# Model")
+    assert description.endswith("\n\n[...]\n\n\n## Limits\n\nTest.\n\n## Licence\n\nFree.")
 
 
 def test_an_alias_that_mlflow_refuses_leaves_no_version_behind(store, capsys):

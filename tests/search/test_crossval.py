@@ -17,7 +17,7 @@ from ser_ray.cli.train import Crossval
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.distributed.train import train
-from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.errors import CheckpointError, ConfigError, SerRayError
 from ser_ray.evaluation import robustness
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.evaluation import SCORES
@@ -32,7 +32,7 @@ from ser_ray.search.crossval import (
     require_none_failed,
 )
 from ser_ray.search.crossval_result import CrossvalPlan, CrossvalResult, ensemble_scores, pool
-from ser_ray.search.fold_files import fold_folder
+from ser_ray.search.fold_files import fold_folder, read_fold
 from ser_ray.search.trial import TrialRecord
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
@@ -144,6 +144,12 @@ def test_locations_inside_a_folder_keep_the_query_of_its_uri():
     place = fold_folder(folder.location, replace(RECIPE, fold=1, seed=2))
     assert place == "s3://b/runs/cv/models/fold1-seed2?region=us-east-1"
     assert filesystem_of(place)[1] == "b/runs/cv/models/fold1-seed2"
+
+
+def test_a_finished_fold_whose_files_were_deleted_is_an_error_that_names_the_folder(tmp_path):
+    trial = TrialRecord("a", 1, {}, RECIPE, state="finished")
+    with pytest.raises(CheckpointError, match=r"cv/models/fold0-seed0: .* missing .* --name"):
+        read_fold("test", str(tmp_path / "cv"), trial, "sqlite:///here")
 
 
 def test_the_error_about_a_failed_fold_names_it_and_the_way_out():
