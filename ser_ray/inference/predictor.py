@@ -210,7 +210,7 @@ class Predictor:
         }
 
 
-def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
+def _as_decoded(samples: np.ndarray, sample_rate: Any) -> np.ndarray:
     """Convert samples of a user to the form that `decode` returns: float32 in [-1, 1] or int16.
 
     Integers of any type are on the scale of int16, because JSON does not have int16.

@@ -421,11 +421,15 @@ def test_scores_go_to_the_named_store_if_it_has_the_run(shards, checkpoint, in_t
     """The store that the training recorded may have moved."""
     uri = new_store(in_tmp / "moved")
     run = Tracker.start(uri, "test", name="run", params={}, tags={})
-    origin = {"run_id": run.run_id, "tracking_uri": "http://127.0.0.1:9", "report": "report.html"}
+    origin = {
+        "run_id": run.run_id,
+        "tracking_uri": "http://127.0.0.1:9",
+        "report": "report.html",
+        "shards": ["where it was trained"],
+    }
     scored = evaluate(checkpoint, "here")
     page = run_page(scored.card, scored, name="run", audio=False)
     Path("report.html").write_text(page)
-    origin["shards"] = ["where it was trained"]
     (checkpoint / "run.json").write_text(json.dumps(origin))
     command = ["evaluate", str(checkpoint), "--shards", "here", "--tracking-uri", uri, "--json"]
     assert main(command) == 0

@@ -432,7 +432,7 @@ def test_a_run_whose_name_has_an_apostrophe_is_a_model(store):
 def test_a_long_card_is_a_description_that_every_store_accepts(store):
     card = f"# Model\n\n{'x' * 9_000}\n\n## Limits\n\nTest.\n\n## Licence\n\nFree."
     version = register_model(store.run_id, store.uri, "long", "", {}, card)
-    description = connect(store.uri).get_model_version("long", version).description
+    description = str(connect(store.uri).get_model_version("long", version).description)
     assert len(description) == MAX_TAG_LENGTH
     assert description.startswith("# Model")
     assert description.endswith("\n\n[...]\n\n\n## Limits\n\nTest.\n\n## Licence\n\nFree.")

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ RATE = 48_000
 
 
 def test_a_list_of_numbers_holds_samples_and_an_array_of_texts_holds_paths(checkpoint, tmp_path):
-    predictor = Predictor(checkpoint)
+    predictor: Any = Predictor(checkpoint)
     path = write_wav(tmp_path / "clip.wav", voice())
     samples = voice()
     expected = predictor.predict(samples, RATE)
@@ -42,10 +42,11 @@ def test_a_list_of_numbers_holds_samples_and_an_array_of_texts_holds_paths(check
     assert list(predictor.predict(np.array([str(path)]))) == [predictor.predict(path)]
     with pytest.raises(ConfigError, match="need their rate"):
         predictor.predict(samples.tolist())
-    for recording in (None, 5, [None], {"path": str(path)}):
+    others: list[Any] = [None, 5, [None], {"path": str(path)}]
+    for recording in others:
         with pytest.raises(ConfigError, match=r"a recording is of type \w+: give a path"):
             predictor.predict(recording, RATE)
-    refused = predictor.predict_samples(samples, cast(float, np.array([RATE, RATE])), "samples")
+    refused = predictor.predict_samples(samples, np.array([RATE, RATE]), "samples")
     assert refused.reason == "the sample rate is not a number but of type ndarray"
 
 
