@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from ser_ray.corpus.manifest import replace_column
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.shards.card import ShardCard, write_card
 from ser_ray.shards.layout import CARD_NAME, CLIPS, clips_name, write_table
@@ -18,7 +20,7 @@ def write_shard_files(
 ) -> str:
     """Write memory shards as one shard, with the columns of some kinds; returns the folder.
 
-    The fingerprint follows from the name of the folder.
+    The fingerprint and the digests of the clips follow from the name of the folder, too.
     All kinds hold the same values, as many bins of them as they have: each can be learned from.
     """
     memory = memory or make_memory_shards()
@@ -28,6 +30,8 @@ def write_shard_files(
     padded = np.zeros((num_rows, num_mels, features.num_frames), np.float16)
     padded[:, :, :num_frames] = memory.values
     table = memory.table
+    content = pc.binary_join_element_wise(folder.name, table["content"], "-")
+    table = replace_column(table, "content", content)
     for kind in kinds:
         stored = padded[:, : features.num_bins(kind)]
         column = pa.array([clip.tobytes() for clip in stored], pa.binary(stored[0].nbytes))

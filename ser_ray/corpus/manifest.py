@@ -7,6 +7,7 @@ its row already has a `status` and a `reason`.
 """
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ser_ray.corpus.tables.files import TABLE_SUFFIXES
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import DEVICE, ListedFile, list_files
-from ser_ray.storage.paths import absolute, filesystem_of, folder_of
+from ser_ray.storage.paths import absolute, as_utf8, filesystem_of, folder_of
 
 SYNTHETIC_MARKER = "SYNTHETIC.txt"
 """A file of this name marks a corpus folder whose clips are synthetic."""
@@ -114,8 +115,9 @@ def list_corpus(
         if read is None:
             return _list_ravdess(source, _is_in_synthetic(filesystem, path))
     except OSError as error:
+        where = as_utf8(os.fsdecode(error.filename)) if error.filename else source
         reason = error.strerror or str(error)
-        raise CorpusError(f"{source}: cannot be listed ({reason})") from error
+        raise CorpusError(f"{where}: cannot be listed ({reason})") from error
     rows, notes = read
     labels = tuple(sorted(pc.unique(rows["label"]).to_pylist()))
     folder = absolute(source) if is_folder else folder_of(source)
@@ -162,6 +164,7 @@ def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
             f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
             f"files are named like {EXAMPLE_NAME}; other corpora need a table with the columns "
             "path,label,speaker"
+            + (", given by its own path" if set(TABLE_SUFFIXES) & set(others) else "")
         )
     manifest = table.select(MANIFEST_SCHEMA.names)
     manifest = mark_duplicates(manifest, table["name"], table["depth"], SAME_NAME)

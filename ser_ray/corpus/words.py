@@ -16,10 +16,11 @@ CORPORA = {
 }
 """{kind of corpus: its name in the captions of scores}."""
 MISSING_WORDS = (
-    "nan", "-nan", "na", "n/a", "<na>", "null", "none", "nil", "nat", "n.a.", "#n/a", "#na",
-    "#null!", "#ref!", "#value!", "#name?", "?", "-", "--",
+    "nan", "-nan", "na", "n/a", "<na>", "null", "(null)", "none", "nil", "nat", "n.a.", "n.a",
+    "#n/a", "#n/a n/a", "#na", "#null!", "#ref!", "#value!", "#name?", "#num!", "#div/0!", "1.#ind",
+    "-1.#ind", "1.#qnan", "-1.#qnan", "\\n", "?", "-", "--", "\u2013", "\u2014", ".",
 )  # fmt: skip
-"""What spreadsheets, pandas and R write for a missing value, in lower case."""
+"""What spreadsheets, pandas, R, SPSS and databases write for a missing value, in lower case."""
 COLUMNS = {
     "path": ("path", "file", "wav", "audio", "file_name", "filename", "audio_path"),
     "label": ("label", "emotion", "emo"),

@@ -16,7 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pyarrow as pa
@@ -119,9 +119,9 @@ def open_corpora(
     Raises:
         ShardsError: a location has no committed shard set, or a set cannot be read.
         ResourcesError: as for `open_shards`.
-        ConfigError: no location is given, or no filesystem can open one; two sets have the same
-            clips, the same name or different features; or the label map cannot be read, names
-            unknown corpora or labels, or leaves no clip of a set.
+        ConfigError: no location is given, or no filesystem can open one; two sets have clips with
+            the same sound, the same name or different features; or the label map cannot be read,
+            names unknown corpora or labels, or leaves no clip of a set.
     """
     given = [locations] if isinstance(locations, str) else locations
     if not given:
@@ -139,6 +139,7 @@ def open_corpora(
         if maps[name] == {label: label for label in set_labels[name]}:
             return shards
     tables = {name: shards.clips() for name, shards in sets.items()}
+    _require_other_clips(tables)
     found = {name: set(table["emotion"].unique().to_pylist()) for name, table in tables.items()}
     if label_map == COMMON:
         occurring = ({maps[name].get(label, "") for label in found[name]} for name in sets)
@@ -191,6 +192,19 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
             )
         named[name] = shards
     return dict(sorted(named.items()))
+
+
+def _require_other_clips(tables: Mapping[str, pa.Table]) -> None:
+    """Refuse sets that have clips with the same sound, because these would count twice."""
+    for (first, clips), (second, others) in combinations(tables.items(), 2):
+        is_shared = pc.is_in(others["content"], value_set=clips["content"].combine_chunks())
+        shared = others.filter(is_shared)["path"].unique().to_pylist()
+        if shared:
+            raise ConfigError(
+                f"{first} and {second} have {len(shared)} recordings in common, such as "
+                f"{shared[0]}, which would count twice: give only one of the sets, or prepare one "
+                "of them without these recordings"
+            )
 
 
 def _require_same_features(sets: Mapping[str, ShardSet]) -> None:

@@ -45,6 +45,7 @@ def is_current(shards: str, number: int, features: FeatureConfig, encoder: Encod
 
     Raises:
         FileNotFoundError: there is no file for this encoder.
+        DamagedFileError: the clips of the shard are damaged.
     """
     key = _column_key(read_table(shards, clips_name(number), KEYED), features, encoder)
     filesystem, path = filesystem_of(location_inside(shards, feature_name(encoder.name, number)))
@@ -52,6 +53,10 @@ def is_current(shards: str, number: int, features: FeatureConfig, encoder: Encod
         schema = pq.read_schema(path, filesystem=filesystem)
     except pa.ArrowException:
         return False
+    except OSError as error:
+        if error.errno or "://" in shards:
+            raise
+        return False  # not a Parquet file
     return bool((schema.metadata or {}).get(KEY, b"").decode() == key)
 
 

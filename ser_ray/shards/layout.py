@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ser_ray.errors import ShardsError
+from ser_ray.errors import ShardsError, first_line
 from ser_ray.features.config import KINDS
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import filesystem_of, location_inside
@@ -73,10 +73,26 @@ def outcomes_name(number: int) -> str:
     return f"{OUTCOMES}/shard-{number:05d}.parquet"
 
 
+class DamagedFileError(OSError):
+    """Raised if a file of a shard set is damaged. The message names the file."""
+
+
 def read_table(shards: str, name: str, columns: list[str] | None = None) -> pa.Table:
-    """Read columns of a Parquet file of the shard set; `name` is its path inside the set."""
+    """Read columns of a Parquet file of the shard set; `name` is its path inside the set.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+        OSError: the file does not exist, or the storage failed.
+    """
     filesystem, path = filesystem_of(location_inside(shards, name))
-    return pq.read_table(path, columns=columns, filesystem=filesystem)
+    try:
+        return pq.read_table(path, columns=columns, filesystem=filesystem)
+    except (pa.ArrowException, OSError) as error:
+        # pyarrow also raises OSError for damaged content, but without a number. In a bucket, an
+        # OSError may be temporary.
+        if isinstance(error, OSError) and (error.errno or "://" in shards):
+            raise
+        raise DamagedFileError(f"{name} is damaged ({first_line(error)}), so delete it") from error
 
 
 def write_table(shards: str, name: str, table: pa.Table) -> None:

@@ -131,7 +131,9 @@ def read_committed(shards: str) -> dict[int, CommittedShard]:
                 return None
             files = files.drop_columns(["status", "reason"])
             return CommittedShard(files, metadata[KEY].decode(), features)
-        except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError, ConfigError):
+        except (FileNotFoundError, layout.DamagedFileError, pa.ArrowException):
+            return None
+        except (ValueError, KeyError, TypeError, ConfigError):  # other columns or metadata
             return None
         except OSError:
             if not isinstance(filesystem, fs.LocalFileSystem):

@@ -14,7 +14,9 @@ from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER, as_utf8, filesystem_
 DEVICE = "a device or pipe, not a file"
 NO_FILE = "there is no such file"
 FOLDER = "a folder, not a file"
-_SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+_SYSTEM_FOLDERS = (
+    *("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,25 @@ def list_files(location: str) -> Iterator[ListedFile]:
         yield from _list_local(root)
     else:
         yield from _list_remote(filesystem, location, root)
+
+
+def names_inside(location: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files and of the folders in a folder, without hidden entries.
+
+    Raises:
+        OSError: the folder cannot be listed.
+        ConfigError: as `filesystem_of`.
+    """
+    filesystem, root = filesystem_of(location)
+    if isinstance(filesystem, fs.LocalFileSystem):  # pyarrow fails if a name is not UTF-8
+        with os.scandir(root) as entries:
+            found = [(as_utf8(entry.name), entry.is_dir()) for entry in entries]
+    else:
+        infos = filesystem.get_file_info(fs.FileSelector(root))
+        found = [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
+    found = [(name, is_folder) for name, is_folder in found if not _is_skipped(name)]
+    files = [name for name, is_folder in found if not is_folder]
+    return files, [name for name, is_folder in found if is_folder]
 
 
 def _list_local(root: str) -> Iterator[ListedFile]:
@@ -95,13 +116,23 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def find_local(path: str) -> str:
-    """Return a path in the Unicode form in which it exists, or unchanged if it does not exist.
+    """Return a path in the Unicode forms in which it exists, or unchanged if it does not exist.
 
     Operating systems write accented letters in different normal forms of Unicode, so a path from a
-    table that was written on one system may not be found on another.
+    table that was written on one system may not be found on another. The folders and the file may
+    have different forms.
     """
-    forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
-    return next((form for form in forms if os.path.lexists(form)), path)
+    if path.isascii() or os.path.lexists(path):
+        return path
+    found = ""
+    for place, name in enumerate(path.split("/")):
+        forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+        paths = [f"{found}/{form}" if place else form for form in forms]
+        exists = (form for form in paths if form == "" or os.path.lexists(form))
+        if (one := next(exists, None)) is None:
+            return path
+        found = one
+    return found
 
 
 def _list_remote(filesystem: fs.FileSystem, location: str, root: str) -> Iterator[ListedFile]:

@@ -72,7 +72,7 @@ def read_packed(location: str) -> bytes:
             raise OSError(f"{location}: the file has rows 0 to {firsts[-1] - 1}")
         group = bisect_right(firsts, row) - 1
         recording = _read_group(parquet, version, group)[row - firsts[group]].as_py()
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+    except (pa.ArrowException, KeyError, ValueError) as error:
         raise OSError(f"{location}: {first_line(error)}") from error
     if recording is None:
         raise OSError(f"{location}: the row has no recording")
@@ -92,7 +92,7 @@ def _read_footer(parquet: str, version: tuple[int, int]) -> tuple[pq.FileMetaDat
 
 
 @lru_cache(maxsize=1)
-def _read_group(parquet: str, version: tuple[int, int], group: int) -> pa.Array:
+def _read_group(parquet: str, version: tuple[int, int], group: int) -> pa.ChunkedArray:
     """Read all recordings of a row group. The cache holds them until another group is read."""
     filesystem, path = filesystem_of(parquet)
     footer, _ = _read_footer(parquet, version)
@@ -100,5 +100,6 @@ def _read_group(parquet: str, version: tuple[int, int], group: int) -> pa.Array:
         audio = audio_column(file.schema_arrow)
         if audio is None:
             raise ValueError("the file has no column of recordings")
-        table = file.read_row_group(group, columns=[f"{audio}.bytes"])
-    return table[audio].combine_chunks().field("bytes")
+        # One row at a time: an array of bytes has at most 2 GiB, and a row group may have more.
+        batches = file.iter_batches(1, row_groups=[group], columns=[f"{audio}.bytes"])
+        return pa.chunked_array([batch[audio].field("bytes") for batch in batches], pa.binary())

@@ -143,12 +143,14 @@ def location_inside(folder: str, path: str) -> str:
     """Join a folder and a relative path. The query or fsspec chain of a URI stays at the end."""
     if "://" not in folder:
         return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - called for each file
-    before, after = _split_uri(folder)
+    before, inside, after = _split_uri(folder)
     while path.startswith("../"):
-        before, path = before.rstrip("/").rpartition("/")[0], path.removeprefix("../")
+        inside, path = _parent(inside), path.removeprefix("../")
     if _scheme_of(folder) in _PERCENT_ENCODED:
         path = quote(path)
-    return f"{before.rstrip('/')}/{path}{after}"
+    if inside:  # else the folder is the root of the filesystem
+        inside = f"{inside.rstrip('/')}/"
+    return f"{before}{inside}{path}{after}"
 
 
 def short_digest(text: str) -> str:
@@ -160,15 +162,26 @@ def folder_of(location: str) -> str:
     """Return the folder of a file."""
     if "://" not in location:
         return str(Path(absolute(location)).parent)
-    before, after = _split_uri(location)
-    return before.rpartition("/")[0] + after
+    before, inside, after = _split_uri(location)
+    return before + _parent(inside) + after
 
 
-def _split_uri(location: str) -> tuple[str, str]:
-    """Split a URI before its query (`?region=...`) or before fsspec's chain (`::file://...`)."""
-    mark = "?" if _scheme_of(location) in _PERCENT_ENCODED else "::"
-    before, mark, after = location.partition(mark)
-    return before, mark + after
+def _parent(inside: str) -> str:
+    """Return the folder of a path inside a filesystem. It is empty for a path without a folder."""
+    root = "/" if inside.startswith("/") else ""
+    return inside.rstrip("/").rpartition("/")[0] or root
+
+
+def _split_uri(location: str) -> tuple[str, str, str]:
+    """Split a URI at the path inside its filesystem.
+
+    The query (`?region=...`) or the rest of fsspec's chain (`::file://...`) is behind the path.
+    fsspec's caches, as in `simplecache::memory://clips`, are before it and have no path.
+    """
+    scheme, mark, rest = location.partition("://")
+    end = "?" if _scheme_of(location) in _PERCENT_ENCODED else "::"
+    inside, end, after = rest.partition(end)
+    return scheme + mark, inside, end + after
 
 
 def _scheme_of(uri: str) -> str:

@@ -14,9 +14,9 @@ import pytest
 from ser_ray.corpus import manifest as manifest_module
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, exclude, list_corpus
 from ser_ray.corpus.ravdess.census import compare_with_ravdess, expected_ravdess
-from ser_ray.corpus.ravdess.names import EMOTIONS
+from ser_ray.corpus.ravdess.names import EMOTIONS, EXAMPLE_NAME
 from ser_ray.errors import CorpusError
-from ser_ray.storage.paths import filesystem_of
+from ser_ray.storage.paths import NOT_UTF8, filesystem_of
 from tests.s3_server import s3_bucket
 
 
@@ -440,3 +440,18 @@ def test_the_real_speech_clips_are_all_there():
     assert "audio speech: all 1440" in text
     assert "doubled" not in text
     assert "unexpected" not in text
+
+
+def test_names_that_are_not_utf8_are_rows_with_a_reason(tmp_path):
+    (tmp_path / EXAMPLE_NAME).touch()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/03-01-06-01-02-01-11\xff.wav")).touch()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/train\xff")).mkdir()
+    (tmp_path / "@eaDir" / EXAMPLE_NAME).mkdir(parents=True)
+    rows = list_corpus(str(tmp_path)).manifest.to_pylist()
+    assert [row["reason"] for row in rows] == [NOT_UTF8, None]
+
+
+def test_a_table_in_a_folder_must_be_given_itself(tmp_path):
+    (tmp_path / "mine.csv").write_text("path,label,speaker\na.wav,x,1\n")
+    with pytest.raises(CorpusError, match="given by its own path"):
+        list_corpus(str(tmp_path))

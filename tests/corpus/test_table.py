@@ -17,6 +17,7 @@ from ser_ray.corpus.manifest import list_corpus
 from ser_ray.corpus.tables.clips import NO_FOLDER, OTHER_DRIVE
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import NO_FILE
+from ser_ray.storage.paths import NULL_CHARACTER
 from tests.hostile import budgets, damaged, damaged_json, hold, is_answered
 
 NAMES = ("clips/ä 1.wav", "clips/b.wav")
@@ -58,6 +59,10 @@ DIALECTS = {
     "both slashes": PLAIN.replace("clips/", ".\\./clips\\").encode(),
     "other normal form": unicodedata.normalize("NFD", PLAIN).encode(),
     "utf-32": PLAIN.encode("utf-32"),
+    "quoted line of excel": b'"SEP=;"\n' + PLAIN.replace(",", ";").encode(),
+    "another separator": b"sep=^\r" + PLAIN.replace(",", "^").replace("\n", "\r").encode(),
+    "blank rows": b" \n" + PLAIN.encode() + b"  \n,,\n , ,\n",
+    "uris": PLAIN.replace("clips/b", "FILE://localhost{folder}/clips/b").encode(),
     "words": PLAIN.replace("path,label,speaker", "File Name,Label,speaker-ID").encode(),
     "index": b",path,label,speaker\n"
     + "\n".join(f"{i},{row}" for i, row in enumerate(PLAIN.splitlines()[1:])).encode(),
@@ -66,7 +71,8 @@ DIALECTS = {
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_names_the_same_clips(folder: Path, dialect: str) -> None:
-    (folder / "t.csv").write_bytes(DIALECTS[dialect])
+    content = DIALECTS[dialect].replace(b"{folder}", str(folder).encode())
+    (folder / "t.csv").write_bytes(content)
     assert rows_of(folder / "t.csv") == EXPECTED
     notes = list_corpus(str(folder / "t.csv")).notes
     assert bool(notes) == (dialect in ("excel", "windows-1252"))
@@ -198,6 +204,9 @@ TIMES = {
     "seconds": ("0.5", "1e0", "", "2.25"),
     "pandas": ("0 days 00:00:00.500000", "0 days 00:00:01", "NaT", "0 days 00:00:02.25"),
     "clock": ("00:00:00.5", "0:0:1", "nan", "00:00:02.25"),
+    "decimal commas": ("0,5", "1,000", "-", "2,25"),
+    "commas in clock times": ("00:00:00,500", "00:00:01,000", "", "00:00:02,250"),
+    "units": ("500ms", "1 s", "", "2.25 sec"),
 }
 
 
@@ -214,8 +223,8 @@ def test_two_times_are_a_segment_of_a_file(folder: Path, dialect: str) -> None:
         pandas.DataFrame(columns | times | {"speaker": ["1"] * 6}).to_parquet(source)
     else:
         source = folder / "t.csv"
-        rows = [f"clips/{n},{s},{e},1,x" for n, s, e in zip(names, starts, ends, strict=True)]
-        source.write_text("\n".join(["file,start,end,speaker,emotion", *rows]))
+        rows = [f"clips/{n};{s};{e};1;x" for n, s, e in zip(names, starts, ends, strict=True)]
+        source.write_text("\n".join(["file;start;end;speaker;emotion", *rows]))
     found = list_corpus(str(source)).manifest.to_pylist()
     assert [(row["start"], row["end"], row["status"]) for row in found] == [
         (0.0, 2.25, None),
@@ -305,3 +314,50 @@ def test_any_table_is_listed_or_refused_in_one_line(folder: Path, examples: int)
         is_answered(lambda: list_corpus(str(folder / name)))
 
     hold(examples, tables, is_listed_or_refused)
+
+
+@pytest.mark.parametrize("time", ["1,500", "1 000", "0.0:01", "1,2,3", "5 0", "1.000,5"])
+def test_a_time_with_two_meanings_is_refused(folder: Path, time: str) -> None:
+    """pandas would read these as nanoseconds, or without the comma."""
+    (folder / "t.csv").write_text(f"path;label;speaker;start\nclips/b.wav;x;1;{time}\n")
+    with pytest.raises(CorpusError, match=f"row 1 .after the header. has the start {time}"):
+        list_corpus(str(folder / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    "name", ["Start (s)", "start [ms]", "startTime", "segment_start", "start.time", "xmin", "tmax"]
+)
+def test_a_column_of_times_is_not_ignored(folder: Path, name: str) -> None:
+    (folder / "t.csv").write_text(f"path,label,speaker,{name}\nclips/b.wav,x,1,0.5\n")
+    with pytest.raises(CorpusError, match="so its rows seem to be segments"):
+        list_corpus(str(folder / "t.csv"))
+
+
+@pytest.mark.parametrize("name", ["send", "weekend", "started_by", "gender", "trend", "endpoint"])
+def test_other_columns_are_ignored(folder: Path, name: str) -> None:
+    (folder / "t.csv").write_text(f"path,label,speaker,{name}\nclips/b.wav,x,1,0.5\n")
+    assert rows_of(folder / "t.csv") == [("clips/b.wav", "x", "1", None)]
+
+
+def test_folders_and_files_in_different_normal_forms_are_found(tmp_path: Path) -> None:
+    path = Path(tmp_path, unicodedata.normalize("NFD", "é"), unicodedata.normalize("NFC", "ü.wav"))
+    path.parent.mkdir()
+    path.touch()
+    (tmp_path / "t.csv").write_text("path,label,speaker\né/ü.wav,x,1\n")
+    [row] = list_corpus(str(tmp_path / "t.csv")).manifest.to_pylist()
+    assert (row["path"], row["status"]) == (str(path), None)
+
+
+def test_a_table_without_separators_or_rows_gets_the_right_advice(folder: Path) -> None:
+    (folder / "t.csv").write_text("path:label:speaker\nclips/b.wav:x:1\n")
+    with pytest.raises(CorpusError, match="Separate the values by commas"):
+        list_corpus(str(folder / "t.csv"))
+    (folder / "t.jsonl").write_text("")
+    with pytest.raises(CorpusError, match="the table is empty"):
+        list_corpus(str(folder / "t.jsonl"))
+
+
+def test_a_null_character_is_not_an_encoding(folder: Path) -> None:
+    (folder / "t.csv").write_text(f"{PLAIN}clips/\0.wav,x,1\n")
+    reasons = [reason for *_, reason in rows_of(folder / "t.csv")]
+    assert sorted(map(str, reasons)) == ["None", "None", NULL_CHARACTER]

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -388,3 +389,68 @@ def test_lhotse_without_recordings_and_audformat_without_its_package(folder: Pat
         (folder / "db.yaml").write_text("name: mine\n")
         with pytest.raises(CorpusError, match="needs the package audformat; run"):
             list_corpus(str(folder))
+
+
+@pytest.mark.parametrize("outer", [".", "data"])
+def test_paths_start_at_the_folder_of_their_table(tmp_path: Path, outer: str) -> None:
+    """As in Hugging Face's folders of recordings, with a table in the folder of each part."""
+    for part, label in (("train", "joy"), ("test", "anger")):
+        part_folder = tmp_path / outer / part
+        part_folder.mkdir(parents=True)
+        (part_folder / "1.wav").touch()
+        text = f"file_name,label,speaker\n1.wav,{label},{part}\n"
+        (part_folder / "metadata.csv").write_text(text)
+    found = list_corpus(str(tmp_path)).manifest.to_pylist()
+    below = "" if outer == "." else f"{outer}/"
+    assert [(row["path"], row["take"], row["emotion"], row["split"]) for row in found] == [
+        (f"{tmp_path}/{below}test/1.wav", f"{below}test/1", "anger", "test"),
+        (f"{tmp_path}/{below}train/1.wav", f"{below}train/1", "joy", "train"),
+    ]
+    assert [row["status"] for row in found] == [None, None]
+
+
+def test_the_parts_of_a_corpus_may_have_other_columns_and_types(tmp_path: Path) -> None:
+    for name in ("1.wav", "2.wav", "3.wav"):
+        (tmp_path / name).touch()
+    one = pa.table({"file": ["1.wav"], "emotion": ["x"], "speaker": [1]})
+    two = pa.table({"wav": ["2.wav"], "label": ["y"], "spk": ["2"]})
+    pq.write_table(one, tmp_path / "train-0.PARQUET")
+    pq.write_table(two, tmp_path / "test-0.parquet")
+    (tmp_path / "._test-0.parquet").write_bytes(b"of macOS")
+    found = list_corpus(str(tmp_path)).manifest.to_pylist()
+    assert [(row["emotion"], row["speaker"], row["split"]) for row in found] == [
+        ("x", "1", "train"),
+        ("y", "2", "test"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("wav.scp", b"u1\nu2 2.wav\n", "wav.scp has no path for u1"),
+        ("wav.scp", b"u1 1.wav\nu1 3.wav\nu2 2.wav\n", "wav.scp has two values for u1"),
+        ("utt2emo", b"u1 x\nu2 y\nu2 z\n", "utt2emo has two values for u2"),
+        ("utt2emo", "u1 é\nu2 y\n".encode("cp1252"), "utt2emo is not text in UTF-8"),
+        ("segments", b"s1 u1 0\n", "segments has no recording, start and end for s1"),
+        ("segments", b"s1 u3 0 1\n", "wav.scp has no path for u3"),
+    ],
+)
+def test_no_line_of_kaldi_is_lost(tmp_path: Path, name: str, text: bytes, reason: str) -> None:
+    files = {"wav.scp": b"u1 1.wav\nu2 2.wav\n", "utt2spk": b"u1 a\nu2 b\n", "utt2emo": b"u1 x\n"}
+    for file, content in (files | {name: text}).items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(CorpusError, match=re.escape(f"({reason})")):
+        list_corpus(str(tmp_path))
+
+
+def test_a_missing_value_in_a_folder_of_tables_is_found_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "a_train.csv").write_text("file,emotion,speaker\n1.wav,x,1\n")
+    (tmp_path / "a_test.csv").write_text("file,emotion,speaker\n2.wav,,2\n")
+    with pytest.raises(CorpusError, match=r"has no label, for 2\.wav"):
+        list_corpus(str(tmp_path))
+
+
+def test_a_label_in_a_list_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"path": "1.wav", "label": ["x"], "speaker": 1}\n')
+    with pytest.raises(CorpusError, match="the column label has values that are not texts"):
+        list_corpus(str(tmp_path / "t.jsonl"))

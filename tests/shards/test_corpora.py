@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from ser_ray.corpus.manifest import replace_column
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.shards.card import ShardCard
 from ser_ray.shards.corpora import Corpora, corpus_name, open_corpora
-from ser_ray.shards.layout import CARD_NAME
+from ser_ray.shards.layout import CARD_NAME, clips_name, read_table, write_table
 from ser_ray.shards.read import open_shards
 from tests.conftest import make_memory_shards
 from tests.shard_files import write_shard_files, write_spelled
@@ -176,3 +178,12 @@ def test_the_shards_of_a_set_count_the_clips_that_are_kept(pair):
     cut = replace(member, shards=replace(member.shards, card=card))
     inside = (member.rows < 5).sum()
     assert cut.shard_sizes == (inside, 0, 36 - inside)
+
+
+def test_recordings_in_two_sets_are_refused(tmp_path):
+    sets = [write_shard_files(tmp_path / name) for name in "ab"]
+    one, two = (read_table(location, clips_name(0)) for location in sets)
+    content = [*one["content"].to_pylist()[:3], *two["content"].to_pylist()[3:]]
+    write_table(sets[1], clips_name(0), replace_column(two, "content", pa.array(content)))
+    with pytest.raises(ConfigError, match="a and b have 3 recordings in common, such as /"):
+        open_corpora(sets)

@@ -604,6 +604,8 @@ def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Pat
     for read in (shards.clips, shards.outcomes, lambda: shards.features("mel")):
         with pytest.raises(ShardsError, match=r"shard-.*: cannot be read .* delete it and run"):
             read()
+    with pytest.raises(OSError, match=rf"{clips_name(third)} is damaged .*, so delete it"):
+        make_card(str(tmp_path / "shards"), corpus, FEATURES, [third])
     (tmp_path / "shards" / clips_name(first)).unlink()
     with pytest.raises(ShardsError, match=r"shard-.*: cannot be read"):
         shards.features("mel", np.arange(shards.card.num_rows))

@@ -98,3 +98,13 @@ def test_a_row_without_a_recording_is_an_error_of_the_file(tmp_path: Path) -> No
     for name in ("text.parquet", "other.parquet", "missing.parquet"):
         with pytest.raises(OSError, match=name):
             read_packed(packed_location(str(tmp_path / name), 0))
+
+
+@pytest.mark.slow
+def test_a_row_group_may_have_more_than_two_gibibytes(tmp_path: Path) -> None:
+    """An array of bytes cannot. Reading needs as much memory."""
+    row = {"bytes": bytes(1 << 26), "path": "a.wav"}
+    table = pa.table({"audio": pa.chunked_array([pa.array([row], SOUND)] * 33)})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == 1
+    assert read_packed(packed_location(f"{tmp_path}/a.parquet", 32)) == row["bytes"]

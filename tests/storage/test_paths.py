@@ -3,6 +3,7 @@
 import os
 import re
 import uuid
+import zipfile
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -215,3 +216,25 @@ def test_an_unknown_home_folder_is_reported(monkeypatch):
 def test_a_path_that_no_file_can_have_is_described_in_our_words() -> None:
     assert stat_file("a\0.wav") == (None, NULL_CHARACTER)
     assert stat_file("\ud800.wav") == (None, NOT_UTF8)
+
+
+def test_the_root_of_a_filesystem_and_chains_have_locations_inside(tmp_path):
+    """fsspec opens an archive, a cache and a filesystem whose root holds the files."""
+    archive = f"{tmp_path}/a.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("t.csv", "table")
+        file.writestr("clips/1.wav", "clip")
+    memory = f"memory://{uuid.uuid4().hex}"
+    for name in ("t.csv", "clips/1.wav"):
+        write(f"{memory}/{name}", b"clip")
+        write(f"memory://{name}", b"clip")
+    for start, end in (
+        *(("zip://", f"::{archive}"), ("zip://", f"::file://{archive}")),
+        *((f"simplecache::{memory}/", ""), ("memory://", ""), ("memory:///", "")),
+    ):
+        table = f"{start}t.csv{end}"
+        clip = f"{start}clips/1.wav{end}"
+        assert location_inside(folder_of(table), "clips/1.wav") == clip
+        assert location_inside(folder_of(clip), "../clips/1.wav") == clip
+        assert [file.location for file in list_files(folder_of(clip))] == [clip]
+        assert read(location_inside(folder_of(table), "clips/1.wav")) == b"clip"

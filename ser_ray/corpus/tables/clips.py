@@ -7,14 +7,17 @@ begin with `~`.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ser_ray.corpus.tables.files import FOLDER
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
 from ser_ray.storage.packed import ROW
@@ -25,6 +28,8 @@ OTHER_DRIVE = "a Windows path, which does not exist here"
 MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
 """The reasons that mean that a file does not exist."""
 _FOLDERS_TRIED = 5
+_FILE_URI = re.compile(r"file:(//(localhost)?)?(?=/)", re.IGNORECASE)
+"""Matches the beginning of a URI of a local file, before its path."""
 
 
 def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
@@ -32,17 +37,21 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
 
     Args:
         source: the table, as the user wrote it.
-        folder: where relative paths start. If it has none of the files, relative paths start at the
-            nearest of the four folders above it that has one of the files.
+        folder: where relative paths start, or the folder of a corpus with tables in the folders
+            that `rows` names. If it has none of the files, relative paths start at the nearest of
+            the four folders above it that has one of the files.
         rows: the clips, from `columns.read_table`.
 
     Raises:
         CorpusError: a take or clip has two labels or speakers, or a path has a password in it.
     """
     paths = rows["path"].to_pylist()
-    folder = _start_of_paths(folder, paths)
-    files = {path: _find_file(folder, path) for path in dict.fromkeys(paths)}
-    found = [files[path] for path in paths]
+    insides = rows[FOLDER].to_pylist() if FOLDER in rows.column_names else [""] * len(rows)
+    files: dict[tuple[str, str], ListedFile] = {}
+    for inside in dict.fromkeys(insides):
+        own = dict.fromkeys(p for p, other in zip(paths, insides, strict=True) if other == inside)
+        files |= {(inside, path): file for path, file in _find_files(folder, inside, list(own))}
+    found = [files[key] for key in zip(insides, paths, strict=True)]
     locations = [file.location for file in found]
     for row, location in enumerate(locations, start=1):
         try:
@@ -79,11 +88,21 @@ def _default_takes(rows: pa.Table, files: Sequence[ListedFile]) -> list[str]:
     return takes
 
 
+def _find_files(folder: str, inside: str, paths: list[str]) -> Iterator[tuple[str, ListedFile]]:
+    """Yield the paths of a table in the folder `inside` of a corpus, and their files."""
+    own = location_inside(folder, inside) if inside else folder
+    start = _start_of_paths(own, paths)
+    below = f"{start.removeprefix(folder).strip('/')}/" if start.startswith(f"{folder}/") else ""
+    for path in paths:
+        file = _find_file(start, path)
+        yield path, replace(file, inside=below + file.inside)
+
+
 def _start_of_paths(folder: str, paths: list[str]) -> str:
     """Return the folder at which relative paths start: `folder`, or one of the four above it."""
     if "://" in folder:
         return folder
-    first_paths = [path for path in dict.fromkeys(paths[:1000]) if "://" not in path]
+    first_paths = [path for path in paths[:1000] if "://" not in path]
     for start in [folder, *map(str, Path(folder).parents)][:_FOLDERS_TRIED]:
         if any(_exists(start, path) for path in first_paths):
             return start
@@ -93,6 +112,8 @@ def _start_of_paths(folder: str, paths: list[str]) -> str:
 def _find_file(folder: str, path: str) -> ListedFile:
     """Find a file by its path in the table."""
     path, mark, row = path.partition(ROW)
+    if uri := _FILE_URI.match(path):
+        path = unquote(path[uri.end() :])
     location, is_windows_path = path, False
     if "://" not in path:
         exists = _exists(folder, path)
@@ -119,7 +140,7 @@ def _find_file(folder: str, path: str) -> ListedFile:
 
 
 def _exists(folder: str, path: str) -> bool:
-    return "://" not in folder and os.path.lexists(location_inside(folder, path))
+    return "://" not in folder and os.path.lexists(find_local(location_inside(folder, path)))
 
 
 def _require_one(

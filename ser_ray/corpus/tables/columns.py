@@ -16,18 +16,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ser_ray.corpus.tables.files import TableError, column_key
+from ser_ray.corpus.tables.files import FOLDER, TEXT_SUFFIXES, TableError, as_texts, column_key
 from ser_ray.corpus.tables.formats import read_any
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, PARTS, shorten
 from ser_ray.errors import CorpusError
 from ser_ray.storage.paths import printable
 
 _REQUIRED = ("path", "label", "speaker")
-_UNIT = "(_?(time|s|sec|seconds|ms|samples?))?"
-_TIMES = f"(start|begin|onset|end|stop|offset){_UNIT}"
-_LENGTH = f"(dur|duration|length){_UNIT}"
-"""Patterns for the names of time columns, as `column_key` returns them. A length only counts as a
-time if there is a start."""
+_BEFORE = r"((segment|seg|clip|utterance|utt|turn|audio|speech|time|timestamp)[\W_]*)?"
+_UNIT = (
+    r"([\W_]*(in|time|timestamp|s|secs?|seconds?|ms|msecs?|millis|milliseconds?|samples?|frames?))*"
+    r"[\W_]*"
+)
+_TIMES = f"{_BEFORE}(start|begin|onset|end|stop|offset|[xt]min|[xt]max){_UNIT}"
+_LENGTH = f"{_BEFORE}(dur|duration|length){_UNIT}"
+"""Patterns for the names of time columns in lower case. A length only counts as a time if there is
+a start."""
+_DURATION = re.compile(
+    r"(\d+ days? )?\+?\d+:\d{1,2}:\d{1,2}(\.\d+)?|PT.*"
+    r"|\d+(\.\d+)?\s?(ns|us|ms|s|secs?|min|m|h|d|days?)"
+)
+"""The durations that are read. pandas reads others too, but takes a number without a unit for
+nanoseconds, and ignores commas and blanks in numbers."""
+_THOUSANDS = re.compile(r"[1-9]\d{0,2},\d{3}")
+"""Matches a number in which a comma could also separate thousands."""
 _MISSING_VALUES = {*MISSING_WORDS, ""}
 """Words for a missing value in the columns `start`, `end` and `split`."""
 _SHOWN_ROWS = 5
@@ -46,8 +58,8 @@ def read_table(
 
     Returns:
         The clips, and lines for the user. The columns are `path`, `label`, `speaker`, `split` and
-        perhaps `take`, without blanks around the values, and `start` and `end` in seconds, which
-        are both null for a complete file.
+        perhaps `take`, without blanks around the values; `start` and `end` in seconds, which are
+        both null for a complete file; and perhaps `files.FOLDER`.
 
     Raises:
         CorpusError: the table cannot be read, or lacks a column or a value.
@@ -60,10 +72,13 @@ def read_table(
         raise CorpusError(f"{source}: the table has no rows")
     nulls = pa.nulls(num_rows, pa.string())
     starts, ends, split = (values.pop(name, nulls) for name in ("start", "end", "split"))
+    folders = values.pop(FOLDER, None)
     _refuse_missing(source, values, {word.strip().lower() for word in missing})
     segments = _read_times(source, starts.to_pylist(), ends.to_pylist())
     for name, seconds in zip(("start", "end"), zip(*segments, strict=True), strict=True):
         values[name] = pa.array(seconds, pa.float64())
+    if folders is not None:
+        values[FOLDER] = folders
     return pa.table(values | {"split": _read_split(split)}), notes
 
 
@@ -83,7 +98,9 @@ def _read_columns(
         found = find(table.column_names)
         notes += _ambiguous_columns(source, table.column_names, found, columns)
         table.select(list(found.values())).validate(full=True)  # finds text that is not UTF-8
-        values = {column: _texts(name, table[name]) for column, name in found.items()}
+        values = {column: as_texts(name, table[name]) for column, name in found.items()}
+        if FOLDER in table.column_names:
+            values[FOLDER] = table[FOLDER]
         for column in ("label", "speaker"):
             values[column] = _composed(values[column])
     except (
@@ -97,10 +114,12 @@ def _read_columns(
             reason = f"a row has no {error.args[0]}"
         else:
             reason = "its content is damaged"
-        raise CorpusError(
-            f"{source}: the table cannot be read ({reason}); save it again with a header row, and "
-            "with the same number of values in every row"
-        ) from error
+        advice = "correct it, or save it again"
+        if source.lower().endswith(TEXT_SUFFIXES):
+            advice = (
+                "save it again with a header row, and with the same number of values in every row"
+            )
+        raise CorpusError(f"{source}: the table cannot be read ({reason}); {advice}") from error
     return values, notes
 
 
@@ -123,14 +142,16 @@ def _read_times(
         CorpusError: the times of a row do not define a segment.
     """
     segments: list[tuple[float | None, float | None]] = []
+    with_comma = [text for text in (*starts, *ends) if text and "," in text]
+    mark = "," if not all(map(_THOUSANDS.fullmatch, with_comma)) else "."
     for row, texts in enumerate(zip(starts, ends, strict=True), start=1):
-        start, end = map(_seconds, texts)
+        start, end = (_seconds(text and text.replace(mark, ".")) for text in texts)
         start = start or 0.0
         if math.isnan(start) or (end is not None and (math.isnan(end) or start >= end)):
             raise CorpusError(
                 f"{source}: row {row} (after the header) has the start {texts[0] or 'of the file'} "
                 f"and the end {texts[1] or 'of the file'}; a segment needs a start before "
-                "its end, both in seconds or as in 0 days 00:00:01.5"
+                "its end, both in seconds (1.5) or as in 0 days 00:00:01.5"
             )
         segments.append((None if start == 0 and end is None else start, end))
     return segments
@@ -143,6 +164,8 @@ def _seconds(text: str | None) -> float | None:
     try:
         seconds = float(text)
     except ValueError:
+        if not _DURATION.fullmatch(text):
+            return math.nan
         import pandas as pd
 
         try:
@@ -150,21 +173,6 @@ def _seconds(text: str | None) -> float | None:
         except ValueError:
             return math.nan
     return seconds if 0 <= seconds < math.inf else math.nan
-
-
-def _texts(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the values of a column as texts without blanks around them.
-
-    NaN becomes null, because pandas writes it for a missing value. Durations become seconds.
-    """
-    if pa.types.is_duration(column.type):
-        column = pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
-    elif pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-    try:
-        return pc.utf8_trim_whitespace(column.cast("string"))
-    except pa.ArrowException as error:
-        raise TableError(f"the column {name} has values that are not texts or numbers") from error
 
 
 def _composed(texts: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -180,6 +188,8 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
     Raises:
         CorpusError: a column is missing or appears twice, or a column of times has an unknown name.
     """
+    if not names:
+        raise CorpusError(f"{source}: the table is empty")
     found: dict[str, str] = {}
     shown = printable(",".join(names))[:_SHOWN_LETTERS]  # the file may be no table at all
     for column, known in COLUMNS.items():
@@ -199,7 +209,7 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
                 f"has {shown}"
             )
     is_time = re.compile(f"{_TIMES}|{_LENGTH}" if "start" in found else _TIMES).fullmatch
-    unread = [n for n in names if is_time(column_key(n)) and n not in found.values()]
+    unread = [n for n in names if is_time(n.strip().lower()) and n not in found.values()]
     if unread and not {"start", "end"} <= set(found):
         raise CorpusError(
             f"{source}: has the column {unread[0]}, so its rows seem to be segments of files. Use "
@@ -207,6 +217,8 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
         )
     if lacking := sorted(set(_REQUIRED) - set(found)):
         hint = "Use another column with --columns, as in --columns label=mood"
+        if len(names) == 1:
+            hint = "Separate the values by commas, semicolons, tabs or |"
         if lacking == ["speaker"] and "split" in found:
             hint = (
                 f"If no speaker is in two parts of the column {found['split']}, use these parts as "
@@ -248,6 +260,7 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
     shown = [
         f"row {row}{' (after the header)' if place == 0 else ''} has no {name}"
         + (f" ({value!r})" if value else "")
+        + (f", for {path}" if name != "path" and (path := columns["path"][row - 1].as_py()) else "")
         for place, (row, name, value) in enumerate(sorted(found, key=lambda item: item[0]))
     ]
     hint = (

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -24,6 +25,8 @@ from ser_ray.storage.paths import absolute, filesystem_of, read_file
 TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
+FOLDER = "folder of the table/"
+"""The column with the folder, below the folder of the corpus, of the table that has a row."""
 FindColumns = Callable[[Sequence[str]], Mapping[str, str]]
 """A function that gets the names of a table's columns, and returns which of them to read:
 {column in `COLUMNS`: name in the table}. It raises a CorpusError if the names do not fit."""
@@ -60,7 +63,7 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         encodings = ["utf-32"]
     elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encodings = ["utf-16"]
-    elif b"\0" in data[:1000]:
+    elif data[:1000].count(0) > len(data[:1000]) / 4:
         encodings = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
     else:
         encodings = ["utf-8-sig", "cp1252"]
@@ -87,13 +90,16 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
             is_complete = bool(find(names))
         return is_complete, len(known & set(map(column_key, names))), len(names)
 
-    text = text.lstrip("\r\n")
-    if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
+    text = re.sub(r"\A(?:[ \t]*[\r\n])+", "", text)
+    separators: tuple[str, ...] = _SEPARATORS
+    # Excel's own first line, which may have separators to the right of it
+    if declared := re.match(r'"?sep=(.)"?[,;\t|]*[\r\n]+', text, re.IGNORECASE):
         text = text[declared.end() :]
+        separators = tuple(dict.fromkeys((*separators, declared[1])))
     if not text.strip():
         raise CorpusError(f"{location}: the table is empty")
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    headers = {mark: next(csv.reader([header], delimiter=mark)) for mark in _SEPARATORS}
+    headers = {mark: next(csv.reader([header], delimiter=mark)) for mark in separators}
     known = {column_key(name) for names in COLUMNS.values() for name in names}
     separator = max(headers, key=rank)
     names = headers[separator]
@@ -102,6 +108,8 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
     uneven: list[Any] = []
 
     def refuse(row: Any) -> str:
+        if not row.text.strip():
+            return "skip"
         uneven.append(row)
         return "error"
 
@@ -125,7 +133,17 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
         ) from error
     if any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in table.columns):
         _require_closed_quotes(text, separator)
-    return table.rename_columns(names)
+    return _without_blank_rows(table).rename_columns(names)
+
+
+def _without_blank_rows(table: pa.Table) -> pa.Table:
+    """Remove the rows without any value, such as the rows of separators that spreadsheets write."""
+    rows = pa.array(np.arange(len(table)))
+    for column in table.columns:
+        if len(rows) == 0:
+            return table
+        rows = rows.filter(pc.equal(pc.utf8_trim_whitespace(column.take(rows)), ""))
+    return table.filter(pc.invert(pc.is_in(pa.array(np.arange(len(table))), value_set=rows)))
 
 
 def _require_closed_quotes(text: str, separator: str) -> None:
@@ -171,16 +189,33 @@ def read_json_lines(location: str) -> list[Row]:
 
 
 def as_table(rows: Iterable[Row]) -> pa.Table:
-    """Make a table of strings from rows; columns with lists or objects in them are left out."""
+    """Make a table of strings from rows; columns with lists or objects in them become lists."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
     for name in names:
         values = [row.get(name) for row in rows]
-        if not any(isinstance(value, dict | list) for value in values):
-            texts = [None if value is None else str(value) for value in values]
+        texts = [None if value is None else str(value) for value in values]
+        if any(isinstance(value, dict | list) for value in values):
+            columns[name] = pa.array([[text] for text in texts], pa.list_(pa.string()))
+        else:
             columns[name] = pa.array(texts, pa.string())
     return pa.table(columns)
+
+
+def as_texts(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the values of a column as texts without blanks around them.
+
+    NaN becomes null, because pandas writes it for a missing value. Durations become seconds.
+    """
+    if pa.types.is_duration(column.type):
+        column = pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
+    elif pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    try:
+        return pc.utf8_trim_whitespace(column.cast("string"))
+    except pa.ArrowException as error:
+        raise TableError(f"the column {name} has values that are not texts or numbers") from error
 
 
 def read_parquet(location: str, find: FindColumns) -> pa.Table:

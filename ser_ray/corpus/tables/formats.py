@@ -14,16 +14,20 @@ The columns keep their names; `columns` chooses those that a corpus needs. Recor
 decoded here.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs
 
 from ser_ray.corpus.tables.files import (
+    FOLDER,
     JSON_SUFFIXES,
     TEXT_SUFFIXES,
     FindColumns,
     as_table,
+    as_texts,
     read_json_lines,
     read_parquet,
     read_text,
@@ -38,6 +42,7 @@ from ser_ray.corpus.tables.tools import (
 )
 from ser_ray.corpus.words import PARTS, part_of_file
 from ser_ray.errors import CorpusError
+from ser_ray.storage.listing import names_inside
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
 TableAndNotes = tuple[pa.Table | None, tuple[str, ...]]
@@ -70,7 +75,7 @@ def read_any(location: str, find: FindColumns) -> TableAndNotes:
         return read_parquet(location, find), ()
     if is_lhotse(name):
         folder = folder_of(location)
-        recordings = [other for other in _entries(folder)[0] if "recordings" in other]
+        recordings = [other for other in names_inside(folder)[0] if "recordings" in other]
         return read_lhotse(folder, [*recordings, name]), ()
     if name.lower().endswith(JSON_SUFFIXES):
         return as_table(read_json_lines(location)), ()
@@ -80,7 +85,7 @@ def read_any(location: str, find: FindColumns) -> TableAndNotes:
 def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
     """Read the tables in a folder. The first format whose files are in the folder is used."""
     inside = partial(location_inside, location)
-    files, folders = _entries(location)
+    files, folders = names_inside(location)
     if "db.yaml" in files:
         return read_audformat(location, files, find), ()
     if "wav.scp" in files:
@@ -88,10 +93,10 @@ def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
     if any(map(is_lhotse, files)):
         return read_lhotse(location, files), ()
     folds = [name for name in folders if name.startswith("fold")]
-    found = [f"{fold}/{name}" for fold in folds for name in _entries(inside(fold))[0]]
+    found = [f"{fold}/{name}" for fold in folds for name in names_inside(inside(fold))[0]]
     if tables := {name: inside(name) for name in found if FOLD.match(name)}:
         return read_folds(tables), ()
-    parquets = [name for name in files if name.endswith(".parquet")]
+    parquets = [name for name in files if name.lower().endswith(".parquet")]
     texts = [name for name in files if name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES))]
     part_of = {name: part_of_file(name) for name in sorted(parquets or texts)}
     if parquets or len(set(filter(None, part_of.values()))) > 1:
@@ -100,6 +105,7 @@ def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
         note = f"{location}: {', '.join(used)} were read, and {', '.join(ignored)} were not"
         return _concatenate(
             [(read_any(inside(name), find), part_of[name]) for name in used],
+            find,
             (note,) if ignored else (),
         )
     for name in _METADATA:
@@ -110,29 +116,44 @@ def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
             f"{location}: was written by save_to_disk, whose Arrow files are not read; write the "
             "data set with to_parquet instead, with each split in a file such as train-0.parquet"
         )
+    return _read_parts(location, folders, find)
+
+
+def _read_parts(location: str, folders: Sequence[str], find: FindColumns) -> TableAndNotes:
+    """Read the tables in the folders that are named like a part of the split, or `data`."""
     part_of = {name: PARTS.get(name.lower()) for name in sorted(folders)}
-    used = [name for name, part in part_of.items() if part or name == "data"]
-    return _concatenate([(_read_folder(inside(name), find), part_of[name]) for name in used])
+    tables = []
+    for name in (name for name, part in part_of.items() if part or name == "data"):
+        table, notes = _read_folder(location_inside(location, name), find)
+        if table is not None and FOLDER in table.column_names:  # the table of a folder in it
+            below = pc.binary_join_element_wise(name, table[FOLDER], "/")
+            table = table.set_column(table.column_names.index(FOLDER), FOLDER, below)
+        elif table is not None:
+            table = table.append_column(FOLDER, pa.array([name] * len(table), pa.string()))
+        tables.append(((table, notes), part_of[name]))
+    return _concatenate(tables, find)
 
 
 def _concatenate(
-    tables_and_parts: list[tuple[TableAndNotes, str | None]], notes: tuple[str, ...] = ()
+    tables_and_parts: list[tuple[TableAndNotes, str | None]],
+    find: FindColumns,
+    notes: tuple[str, ...] = (),
 ) -> TableAndNotes:
-    """Concatenate tables. If a table is one part of the split, fill in its column `split`."""
+    """Concatenate tables. If a table is one part of the split, fill in its column `split`.
+
+    The columns that `find` chooses get their names in the first table.
+    """
     tables = []
+    names: dict[str, str] = {}
     for (table, more_notes), part in tables_and_parts:
         notes += more_notes
         if table is None:
             continue
         if part and "split" not in table.column_names:
             table = table.append_column("split", pa.array([part] * len(table), pa.string()))
-        tables.append(table)
+        found = find(table.column_names)
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+        chosen = {column: as_texts(name, columns.pop(name)) for column, name in found.items()}
+        chosen = {names.setdefault(column, found[column]): chosen[column] for column in found}
+        tables.append(pa.table(columns | chosen))
     return pa.concat_tables(tables, promote_options="permissive") if tables else None, notes
-
-
-def _entries(location: str) -> tuple[list[str], list[str]]:
-    """Return the names of the files and of the folders in a folder."""
-    filesystem, path = filesystem_of(location)
-    entries = filesystem.get_file_info(fs.FileSelector(path))
-    files = [entry.base_name for entry in entries if entry.is_file]
-    return files, [entry.base_name for entry in entries if entry.type == fs.FileType.Directory]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ser_ray.corpus.tables.files import FindColumns, Row, as_table, read_json_lines
+from ser_ray.corpus.tables.files import FindColumns, Row, TableError, as_table, read_json_lines
 from ser_ray.corpus.words import part_of_file
 from ser_ray.errors import CorpusError, first_line
 from ser_ray.storage.paths import location_inside, read_file
@@ -53,12 +53,21 @@ def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Tab
 
     Raises:
         CorpusError: a recording is the output of a command, or the labels seem to be transcripts.
+        TableError: a file is not text in UTF-8 or has two values for an utterance, or a segment
+            has no recording, start and end.
     """
 
     def read(name: str) -> dict[str, str]:
-        text = read_file(location_inside(location, name)).decode("utf-8-sig")
-        lines = [line.split(maxsplit=1) for line in text.splitlines()]
-        return {line[0]: line[1].strip() for line in lines if len(line) == 2}
+        try:
+            text = read_file(location_inside(location, name)).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise TableError(f"{name} is not text in UTF-8") from error
+        values: dict[str, str] = {}
+        for line in filter(str.strip, re.split(r"\r\n|\r|\n", text)):
+            key, _, value = line.strip().replace("\t", " ").partition(" ")
+            if values.setdefault(key, value.strip()) != value.strip():
+                raise TableError(f"{name} has two values for {key}")
+        return values
 
     scp = read("wav.scp")
     if pipe := next((name for name, path in scp.items() if path.endswith("|")), None):
@@ -78,9 +87,15 @@ def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Tab
     }
     if "segments" in files:
         parts = {name: text.split() for name, text in read("segments").items()}
+        if bad := next((name for name, part in parts.items() if len(part) != 3), None):
+            raise TableError(f"segments has no recording, start and end for {bad}")
         segments = {name: (part[0], part[1], part[2]) for name, part in parts.items()}
+    if bad := next(
+        (recording for recording, *_ in segments.values() if not scp.get(recording)), ""
+    ):
+        raise TableError(f"wav.scp has no path for {bad}")
     return as_table(
-        {"path": scp.get(recording), "start": start, "end": None if end == "-1" else end}
+        {"path": scp[recording], "start": start, "end": None if end == "-1" else end}
         | {column: values.get(name) for column, values in columns.items()}
         for name, (recording, start, end) in segments.items()
     )
