@@ -15,7 +15,6 @@ libraries when it is called, so that quick functions need not wait for slow libr
 """
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -27,7 +26,7 @@ from ser_ray.errors import TrackingError
 from ser_ray.features.config import Condition
 from ser_ray.progress import stderr_console
 from ser_ray.search.config import CrossvalConfig, SlotConfig, TuneConfig
-from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.config import PrepareConfig, ShardLocations
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -52,9 +51,6 @@ SHARDS = f"{OUT}/shards"
 SYNTHETIC_SHARDS = f"{OUT}/synthetic-shards"
 """Default folder for the shards of the synthetic corpus, which `ser-ray pipeline` makes."""
 PREDICTIONS = f"{OUT}/predictions.parquet"
-
-ShardLocations = str | Sequence[str]
-"""Folder or URI of a shard set, or of several sets that are read as one."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +83,7 @@ def prepare(config: PrepareConfig, *, address: str = "") -> "PrepareSummary":
     return run(config, address=address)
 
 
-def open_shards(location: "Path | ShardLocations", label_map: str = "") -> "ShardSet":
+def open_shards(location: ShardLocations, label_map: str = "") -> "ShardSet":
     """Open a shard set that `prepare` completed, or several as one.
 
     Args:
@@ -101,8 +97,7 @@ def open_shards(location: "Path | ShardLocations", label_map: str = "") -> "Shar
     """
     from ser_ray.shards.corpora import open_corpora
 
-    locations = str(location) if isinstance(location, os.PathLike) else location
-    return open_corpora(locations, label_map)
+    return open_corpora(location, label_map)
 
 
 def train(

@@ -2,11 +2,14 @@
 
 import ast
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ser_ray
+from ser_ray import RunConfig, open_shards
+from ser_ray.errors import ConfigError
 from tests.clips import voice, write_wav
 from tests.models import LABELS
 from tests.shard_files import write_shard_files
@@ -69,3 +72,22 @@ def test_nothing_is_required_that_has_a_default(function, required):
     parameters = inspect.signature(getattr(ser_ray, function)).parameters.values()
     assert {item.name for item in parameters if item.default is item.empty} == required
     assert set(ser_ray.__all__) >= {function}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"device": "cuda"}, "device is 'cuda': it must be 'auto' or 'cpu' or 'gpu'"),
+        ({"workers": 2}, "workers is 2: it must be str"),
+        ({"max_failures": "3"}, "max_failures is '3': it must be int"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_refused(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(**setting)
+
+
+def test_shards_are_named_by_a_path_or_several(memory_shards, tmp_path):
+    folder = Path(write_shard_files(tmp_path / "own", memory_shards))
+    clips = len(memory_shards.table)
+    assert len(open_shards(folder).clips()) == len(open_shards([folder]).clips()) == clips

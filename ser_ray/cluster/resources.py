@@ -135,6 +135,12 @@ def cpus_per_worker(workers: int) -> int:
     return 1
 
 
+def openmp_threads() -> int:
+    """Return the first number in OMP_NUM_THREADS, which may be a list; 0 if there is none."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
 def format_resources(resources: Mapping[str, float]) -> str:
     """Write the CPUs and GPUs among the resources as text, for example `2 CPUs, 1 GPU`."""
     counts = {name: resources[name] for name in ("CPU", "GPU") if name in resources}

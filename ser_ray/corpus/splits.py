@@ -100,6 +100,8 @@ def split(
         ConfigError: the protocol is unknown or does not fit the clips, the fold is out of range, or
             a part is empty.
     """
+    if not len(clips):
+        raise ConfigError("the shards have no clips; `ser-ray prepare` says why, if run again")
     strata = speaker_strata(clips)
     folds = list_folds(protocol, strata, clips)
     if not 0 <= fold < len(folds):
@@ -129,9 +131,9 @@ def split(
         validation=validation,
         test=test,
         left_out=np.flatnonzero(parts == _LEFT_OUT),
-        train_speakers=_speakers_of(clips, train),
-        validation_speakers=_speakers_of(clips, validation),
-        test_speakers=_speakers_of(clips, test),
+        train_speakers=speakers_of(clips, train),
+        validation_speakers=speakers_of(clips, validation),
+        test_speakers=speakers_of(clips, test),
         tested_corpus=tested_corpus,
     )
     if protocol != ALL:
@@ -139,7 +141,8 @@ def split(
     return result
 
 
-def _speakers_of(clips: "pa.Table", rows: IntArray) -> tuple[str, ...]:
+def speakers_of(clips: "pa.Table", rows: IntArray) -> tuple[str, ...]:
+    """Return the speakers of some rows, sorted."""
     return tuple(sorted(set(clips["speaker"].take(rows).to_pylist())))
 
 

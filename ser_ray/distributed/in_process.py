@@ -10,7 +10,6 @@ several seconds.
 """
 
 import logging
-import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from contextlib import closing, contextmanager
 import torch
 from safetensors import SafetensorError
 
-from ser_ray.cluster.resources import available_memory, cpus_per_worker
+from ser_ray.cluster.resources import available_memory, cpus_per_worker, openmp_threads
 from ser_ray.distributed.ingest import fetch_by_threads, should_stream
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_folder import Epoch, OnEpoch, RunFolder, StoredCheckpoint, TrainingTask
@@ -159,7 +158,7 @@ def worker_device(*, gpu: bool) -> Iterator[torch.device]:
     In the block, torch uses OMP_NUM_THREADS threads, or else one for each CPU of a worker.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpus_per_worker(1)))
+    torch.set_num_threads(openmp_threads() or cpus_per_worker(1))
     try:
         yield torch.device("cuda" if gpu else "cpu")
     finally:

@@ -49,17 +49,19 @@ def should_stream(
     """Return whether to stream the training clips; all workers get the same answer.
 
     With `auto`, a resumed training keeps the choice that its checkpoint records. A new training
-    streams if resident clips would use more than RESIDENT_SHARE of the memory of any worker.
+    streams if resident clips would use more than RESIDENT_SHARE of the memory of any worker or of
+    its GPU.
 
     Args:
-        memory: returns the bytes of memory for this worker; called only if the training uses CPUs.
+        memory: returns the bytes of the machine's memory for this worker.
         resume: directory of the checkpoint to resume from, or None.
     """
     if ingest == "auto" and resume is not None:
         ingest = read_card(resume).ingest
     if ingest == "auto":
-        is_gpu = device.type == "cuda"
-        limit = torch.cuda.get_device_properties(device).total_memory if is_gpu else memory()
+        limit = memory()  # on a GPU too, because features are read into this memory first
+        if device.type == "cuda":
+            limit = min(limit, torch.cuda.get_device_properties(device).total_memory)
         too_large = resident_bytes(shards, recipe) > RESIDENT_SHARE * limit
         votes = World.current().all_reduce_sum(torch.tensor(int(too_large), device=device))
         ingest = "stream" if int(votes) else "resident"

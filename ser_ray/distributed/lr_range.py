@@ -4,7 +4,7 @@ From shards and a recipe, the test proposes bounds of the learning rate. It writ
 MLflow run.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -26,6 +26,7 @@ from ser_ray.evaluation.pages import range_page
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.plots.training import range_figure
 from ser_ray.progress import show_progress
+from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute
@@ -65,7 +66,7 @@ class LrRangeResult:
 
 
 def run_lr_range(
-    shards_location: str | Sequence[str],
+    shards_location: ShardLocations,
     recipe: TrainConfig,
     run: RunConfig,
     test: LrRangeConfig,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ser_ray.errors import ConfigError
+from ser_ray.features.config import require_valid
 
 Ingest = Literal["auto", "resident", "stream"]
 
@@ -44,6 +45,7 @@ class RunConfig:
     is retried. -1 means no limit. Losses by a preemption are not counted."""
 
     def __post_init__(self) -> None:
+        require_valid(self)
         min_workers, max_workers = self.worker_range
         if min_workers < 1 or max_workers < min_workers:
             raise ConfigError(

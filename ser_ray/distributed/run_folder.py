@@ -1,10 +1,10 @@
 """The run folder, which holds the checkpoints, record and lock of a run.
 
-    run.json                the record: recipe, shards, MLflow run, and whether the run has finished
-    checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next epoch
-    selected                the selected checkpoint, after the training has finished
-    report.html             the run's page, to which `evaluate` adds the test part
-    error.txt               the traceback of the latest training that failed, if there is one
+    run.json                  the record: recipe, shards, MLflow run, and whether it has finished
+    checkpoint-EEEEEE-SSSSSS  the training after E epochs and S steps of the next epoch
+    selected                  the selected checkpoint, after the training has finished
+    report.html               the run's page, to which `evaluate` adds the test part
+    error.txt                 the traceback of the latest training that failed, if there is one
 
 A run resumes from the newest complete checkpoint. The checkpoint that was selected at that time
 must be complete too. Ray keeps its own list of checkpoints, but rewrites this list in place, so a

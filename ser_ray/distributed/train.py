@@ -7,7 +7,7 @@ gives the same run folder, and this folder holds everything that is needed to re
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from ser_ray.distributed.run_folder import (
     TrainingTask,
 )
 from ser_ray.errors import CheckpointError, TrackingError
+from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, location_inside, short_digest
@@ -87,7 +88,7 @@ class TrainResult:
 
 
 def train(
-    shards_location: str | Sequence[str],
+    shards_location: ShardLocations,
     recipe: TrainConfig,
     run: RunConfig,
     *,

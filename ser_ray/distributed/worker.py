@@ -1,6 +1,5 @@
 """Runs the training loop in a worker of Ray Train, and reports its epochs to Ray."""
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from ser_ray.cluster.resources import openmp_threads
 from ser_ray.distributed.ingest import fetch_by_ray, should_stream
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_config import Ingest
@@ -36,8 +36,8 @@ def run_worker(
         start: path, in the run's storage, of the checkpoint from which the first workers resume; if
             empty, there is none. Ray gives later workers a newer checkpoint.
     """
-    if num_threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(num_threads))
+    if num_threads := openmp_threads():
+        torch.set_num_threads(num_threads)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None and start:
         storage = ray.train.get_context().get_storage()

@@ -25,6 +25,7 @@ from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.card import have_prefixes
+from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.json_text import read_object
@@ -40,7 +41,7 @@ from ser_ray.training.scoring import predict_clips
 
 def evaluate(
     checkpoint: Path,
-    locations: str | Sequence[str],
+    locations: ShardLocations,
     *,
     label_map: str = "",
     part: Part = "test",

@@ -38,6 +38,7 @@ from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_arguments
+from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.storage.paths import absolute, short_digest
 from ser_ray.tracking.registry import SELECTED_BY, read_initial_weights
@@ -49,7 +50,7 @@ from ser_ray.training.recipe import TrainConfig
 
 
 def plan_crossval(
-    shards_location: str | Sequence[str], recipe: TrainConfig, config: CrossvalConfig
+    shards_location: ShardLocations, recipe: TrainConfig, config: CrossvalConfig
 ) -> CrossvalPlan:
     """Plan to train `config.folds`, or all folds of the protocol.
 

@@ -7,7 +7,7 @@ an interrupted search.
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import fields_outside_space, num_trials, search_arguments
+from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, short_digest
@@ -72,7 +73,7 @@ class TuneResult(StudyResult):
 
 
 def search(
-    shards_location: str | Sequence[str],
+    shards_location: ShardLocations,
     recipe: TrainConfig,
     run: RunConfig,
     config: TuneConfig,

@@ -1,5 +1,6 @@
 """The settings of `prepare`. `--help` imports this module, so it imports nothing heavy."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -7,6 +8,9 @@ from ser_ray.corpus.ravdess.names import MODALITIES
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import FeatureConfig
+
+ShardLocations = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""Folder or URI of a shard set, or of several sets that are read as one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ prefix, the names do not change.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from ser_ray.corpus.labels import COMMON, in_order, map_labels, only_among
 from ser_ray.corpus.manifest import replace_column
 from ser_ray.errors import ConfigError
 from ser_ray.shards.card import ShardCard, UsedCorpus, have_prefixes
+from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 
@@ -101,7 +103,7 @@ class Corpora(ShardSet):
 
 
 def open_corpora(
-    locations: str | Sequence[str],
+    locations: ShardLocations,
     label_map: str = "",
     *,
     known: Sequence[UsedCorpus] = (),
@@ -123,10 +125,10 @@ def open_corpora(
             the same sound, the same name or different features; or the label map cannot be read,
             names unknown corpora or labels, or leaves no clip of a set.
     """
-    given = [locations] if isinstance(locations, str) else locations
+    given = [locations] if isinstance(locations, str | os.PathLike) else locations
     if not given:
         raise ConfigError("no shard set is given; give one or several, as in --shards a b")
-    sets = _by_name([open_shards(absolute(location)) for location in given], known)
+    sets = _by_name([open_shards(absolute(os.fspath(location))) for location in given], known)
     _require_same_features(sets)
     set_labels = {name: shards.card.labels for name, shards in sets.items()}
     maps = map_labels(set_labels, label_map, labels)
@@ -152,7 +154,7 @@ def open_corpora(
             )
     members = [_member(name, sets[name], tables[name], maps[name]) for name in sets]
     kept = [maps[name][label] for name in sets for label in found[name] & maps[name].keys()]
-    return Corpora(", ".join(given), _card(members, in_order(kept)), tuple(members))
+    return Corpora(", ".join(map(str, given)), _card(members, in_order(kept)), tuple(members))
 
 
 def corpus_name(location: str) -> str:

@@ -148,17 +148,17 @@ def prepare(
             with cluster(address) if plan.pending else contextlib.nullcontext():
                 if card is None or plan.pending or card.shard_numbers != tuple(plan.kept):
                     card = _complete(config, corpus, plan, lock, progress)
+                outcomes = ShardSet(config.shards, card).outcomes()
+                if card.num_rows == 0:
+                    first = outcomes.slice(0, 1).to_pylist()[0]
+                    raise CorpusError(
+                        f"{config.corpus}: none of its {len(outcomes)} files became a clip; "
+                        f"{first['path']} is {first['status']}: {first['reason']}"
+                    )
                 card, lacking = add_encoders(config.shards, card, encoders, lock, address, progress)
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
-    outcomes = ShardSet(config.shards, card).outcomes()
-    if card.num_rows == 0:
-        first = outcomes.slice(0, 1).to_pylist()[0]
-        raise CorpusError(
-            f"{config.corpus}: none of its {len(outcomes)} files became a clip; {first['path']} is "
-            f"{first['status']}: {first['reason']}"
-        )
     warnings = [*corpus.notes, *missing]
     if card.num_rows > (num_ok := card.counts[layout.OK]):
         warnings.append(

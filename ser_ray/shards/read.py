@@ -14,6 +14,7 @@ pandas, polars, `datasets` and `ray.data.read_parquet` can also read the Parquet
     mel = shards.to_array("mel", table["mel"])
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ class ShardSet:
         """Number of clips. A clip that is cut into windows counts once."""
         if self.corpora:
             return sum(corpus.clips for corpus in self.corpora)
-        return self.card.counts[layout.OK]
+        return self.card.counts.get(layout.OK, 0)
 
     def clips(self) -> pa.Table:
         """Return all columns except the features, one row per clip or per window of a long clip."""
@@ -112,7 +113,7 @@ class ShardSet:
         Args:
             kind: the kind of feature.
             column: a pyarrow column (which is not copied if it is one chunk), a series of pandas or
-                polars, or an array or list of bytes.
+                polars, or a list of bytes.
 
         Returns:
             `[len(column), bins, num_frames]` float16, read-only. Spectrogram and mel are in
@@ -124,7 +125,7 @@ class ShardSet:
             return np.frombuffer(b"".join(column), np.float16).reshape(-1, *shape)
         if len(column) == 0:
             return np.empty((0, *shape), np.float16)
-        array = column.combine_chunks()
+        array = column.cast(pa.binary(2 * math.prod(shape))).combine_chunks()
         numbers = np.frombuffer(array.buffers()[1], np.float16)
         return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]
 

@@ -56,6 +56,8 @@ EDGE_ORDER = 12
 CHANNEL_FLOOR_DB = (-110.0, -70.0)
 """Range of the level in dBFS, drawn uniformly, of the white noise that a codec or rounding adds
 after a narrow channel. Rounding to 16 bits adds -101 dBFS."""
+TINY = 1e-30
+"""Replaces a denominator of 0, as for a mel band without any bin of the Fourier transform."""
 HANN_POWER = 0.375
 """Mean square of the Hann window."""
 HANN_CORRELATION = (1.0, 4 / 9, 1 / 36)
@@ -115,7 +117,8 @@ class Acoustics:
             to_device(values)[:, None] for values in (normalisation.mean, normalisation.std)
         )
         self.weights = to_device(weights.T)  # [fft bins, bins]
-        self.num_independent = to_device(weights.sum(axis=1) ** 2 / variances)[:, None]
+        num_independent = weights.sum(axis=1) ** 2 / np.maximum(variances, TINY)
+        self.num_independent = to_device(num_independent)[:, None]
         self.hertz = torch.linspace(0, features.sample_rate / 2, num_bins, device=device)
         self.frame_seconds = features.hop_length / features.sample_rate
         self.white_power = HANN_POWER * features.window_length
@@ -201,7 +204,7 @@ class Acoustics:
         hertz = self.hertz.clamp(min=1.0)
         passed = 1 / (1 + (hertz / effects.high_edge[:, None]) ** (2 * EDGE_ORDER))
         passed = passed / (1 + (effects.low_edge[:, None] / hertz) ** (2 * EDGE_ORDER))
-        return (passed @ self.weights / self.weights.sum(dim=0)).unsqueeze(2)
+        return (passed @ self.weights / self.weights.sum(dim=0).clamp(min=TINY)).unsqueeze(2)
 
     def _draw_sum(self, clip: Tensor, added: Tensor) -> Tensor:
         """Draw the power of the sum of a clip and Gaussian noise of expected power `added`."""

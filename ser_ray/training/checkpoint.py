@@ -155,7 +155,7 @@ class Snapshot:
 
 def checkpoint_name(epoch: int, step: int = 0) -> str:
     """Return the name of the directory for `epoch` completed epochs and `step` further steps."""
-    return f"checkpoint-{epoch:04d}-{step:06d}"
+    return f"checkpoint-{epoch:06d}-{step:06d}"
 
 
 def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:

@@ -25,9 +25,11 @@ from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.world import World
 
-MIN_STD = 1e-3
-"""Smaller standard deviations are replaced by this value, so that nearly constant bins are not
-amplified."""
+MIN_STD = 1e-4
+"""A bin with a smaller standard deviation is constant, such as a mel band without any bin of the
+Fourier transform. Its deviation counts as 1, so that it is not amplified."""
+BALANCE_PASSES = 100
+"""How often labels and corpora are balanced in turn, because each unbalances the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Normalisation:
         """Compute mean and deviation from the `frame_sums` [2, bins] of `num_frames` frames."""
         mean, squares = sums / max(num_frames, 1)
         std = np.sqrt(np.maximum(squares - mean**2, 0.0))
-        return cls(mean, np.maximum(std, MIN_STD))
+        return cls(mean, np.where(std < MIN_STD, 1.0, std))
 
     def frames_first(
         self, features: np.ndarray, num_frames: np.ndarray, max_frames: int
@@ -286,9 +288,11 @@ def sampling_weights(clips: pa.Table, recipe: TrainConfig) -> Tensor | None:
     powers = {"emotion": float(recipe.balanced), "corpus": recipe.corpus_balance}
     powers = {name: power for name, power in powers.items() if name in clips.column_names and power}
     weights = np.ones(len(clips))
-    for name, power in powers.items():
-        groups = np.unique(clips[name].to_pylist(), return_inverse=True)[1]
-        weights *= (1.0 / np.bincount(groups)[groups]) ** power
+    groups = {name: np.unique(clips[name].to_pylist(), return_inverse=True)[1] for name in powers}
+    for _ in range(BALANCE_PASSES if len(powers) > 1 else 1):
+        for name, power in powers.items():
+            counts, sums = np.bincount(groups[name]), np.bincount(groups[name], weights)
+            weights *= (counts ** (1.0 - power) / sums)[groups[name]]
     return torch.from_numpy(weights) if powers else None
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ser_ray.corpus.folds import ALL
-from ser_ray.corpus.splits import Split, one_clip_per_take, split, windows_of
+from ser_ray.corpus.splits import Split, one_clip_per_take, speakers_of, split, windows_of
 from ser_ray.errors import ConfigError
 from ser_ray.training.recipe import TrainConfig
 
@@ -49,11 +49,16 @@ def select_rows(clips: pa.Table, recipe: TrainConfig) -> Split:
             f"{parts.label}: all training clips have the label {labels.pop()!r}, so there is "
             "nothing to learn; add clips with another label"
         )
+    validation = select(parts.validation, recipe.channel, "validation")
+    test = select(parts.test, recipe.channel, "test")
     return replace(
         parts,
         train=windows_of(clips["window"].to_numpy(), train)[0],
-        validation=select(parts.validation, recipe.channel, "validation"),
-        test=select(parts.test, recipe.channel, "test"),
+        validation=validation,
+        test=test,
+        train_speakers=speakers_of(clips, train),
+        validation_speakers=speakers_of(clips, validation),
+        test_speakers=speakers_of(clips, test),
         left_out=rows[parts.left_out],
     )
 

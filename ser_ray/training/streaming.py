@@ -21,6 +21,7 @@ The validation clips are resident in any case. This module does not use Ray: a `
 and how early clips are read.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -237,14 +238,15 @@ def stream_fold(
 
 
 def resident_bytes(shards: ShardSet, recipe: TrainConfig) -> int:
-    """Return how much memory a fold's training and validation clips need if they are resident."""
+    """Return how much memory a fold's training and validation clips need if they are resident.
+
+    Features are read as long as they are stored. Afterwards, they may be cut to the longest clip.
+    """
     table = shards.clips()
     split = select_rows(table, recipe)
-    num_frames = num_input_frames(shards, recipe.feature, table)
-    num_bins = shards.card.num_bins(recipe.feature)
     validation, _ = windows_of(table["window"].to_numpy(), split.validation)
-    parts = (split.train, validation)
-    return sum(len(part) * clip_bytes(num_bins, num_frames[part]) for part in parts)
+    num_values = math.prod(shards.card.shape_of(recipe.feature))
+    return (len(split.train) + len(validation)) * num_values * np.dtype(np.float16).itemsize
 
 
 def clip_bytes(num_bins: int, num_frames: np.ndarray) -> int:

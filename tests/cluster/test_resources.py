@@ -10,6 +10,7 @@ from ser_ray.cluster.resources import (
     available_memory,
     cpus_per_worker,
     max_nodes,
+    openmp_threads,
     require_workers,
     trains_on_gpus,
 )
@@ -36,3 +37,9 @@ def test_without_ray_the_nodes_are_this_machine_within_its_containers_limits(
     assert not trains_on_gpus("auto")
     with pytest.raises(ResourcesError, match=r"this machine has 0: .* --device cpu"):
         require_workers(1, cpus=1, gpus=1)
+
+
+@pytest.mark.parametrize(("value", "number"), [("", 0), ("3", 3), ("4,2", 4), (" 2 ", 2), ("x", 0)])
+def test_the_number_of_threads_may_be_a_list(monkeypatch, value, number):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert openmp_threads() == number

@@ -313,6 +313,7 @@ def test_test_speakers_that_the_corpus_lacks_are_ignored():
          r"speakers 01, 02, 03, 04 and the fold tests 08, 09, 19, 23\. Use speaker-4"),
         ("loso", 0, 2, r"its train part has no clips; .* Use random"),
         ("loso", 0, 1, r"its train part has no clips"),
+        ("emobox-6", 0, 0, r"the shards have no clips; `ser-ray prepare` says why, if run again"),
     ],
 )  # fmt: skip
 def test_an_impossible_fold_is_refused_with_a_way_out(protocol, fold, speakers, message):

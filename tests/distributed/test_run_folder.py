@@ -132,7 +132,7 @@ def test_a_run_resumes_from_the_newest_checkpoint_and_keeps_the_selected_one(sto
     folder = folder_of(storage, *made)
     newest = folder.newest()
     assert newest is not None
-    assert newest.name == "checkpoint-0004-000007"
+    assert newest.name == "checkpoint-000004-000007"
     assert newest.selected == checkpoint_name(2)
     with folder.filesystem.open_output_stream(f"{folder.path}/{RAY_LIST}") as file:
         file.write(b'{"cut')

@@ -100,7 +100,7 @@ def test_the_epochs_before_a_checkpoint_are_restored_from_it() -> None:
     rows = [{"epoch": float(epoch), "val/ua": epoch / 10} for epoch in (1, 2, 3)]
     rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
     progress = {"learning_rates": rates, "step": 1, "history": rows, "times_ms": [10, 20, 30]}
-    found = list(StoredCheckpoint("checkpoint-0003-000001", progress).epochs())
+    found = list(StoredCheckpoint("checkpoint-000003-000001", progress).epochs())
     assert [epoch.row for epoch in found] == rows
     assert [epoch.learning_rates for epoch in found] == [[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]]
     assert [epoch.timestamp_ms for epoch in found] == [10, 20, 30]

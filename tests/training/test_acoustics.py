@@ -11,7 +11,7 @@ from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.training.acoustics import Acoustics, Effects
 from ser_ray.training.augment import Augment
-from ser_ray.training.data import Clips, Normalisation
+from ser_ray.training.data import Clips, Normalisation, frame_sums
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.conftest import PLAIN
 
@@ -97,6 +97,26 @@ def test_the_features_are_distributed_as_those_of_sound_under_the_condition(name
 
     assert distance(found)[0] < 0.25 * distance(clean)[0]
     assert distance(found)[1] < 0.5 * distance(clean)[1]
+
+
+def test_a_mel_band_without_any_bin_of_the_fourier_transform_stays_constant():
+    """With 128 bands and windows of 25 ms, some of the lowest bands are narrower than a bin."""
+    features = FeatureConfig(num_mels=128, window_length=400, hop_length=160)
+    clip = FeatureExtractor(features).features(voice())["mel"]
+    num_frames = clip.shape[1]
+    sums = frame_sums(clip[None], np.array([num_frames]))
+    normalisation = Normalisation.from_sums(sums, num_frames)
+    is_constant = np.ptp(clip, axis=1) == 0
+    assert is_constant.sum() == 3
+    acoustics = Acoustics(PLAIN, "mel", features, normalisation, CPU)
+    normalised = normalisation.frames_first(clip[None], np.array([num_frames]), num_frames)
+    batch = torch.from_numpy(normalised).float().transpose(1, 2)[None]
+    valid = torch.ones(1, 1, 1, num_frames, dtype=torch.bool)
+    conditions = {"noise": 1e-6, "echo": 0.5, "high_edge": 3400.0, "floor": 1e-9}
+    drawn = Effects(**{key: torch.tensor([v]) for key, v in (NONE | conditions).items()})
+    changed = acoustics.apply(batch, valid, drawn)
+    assert changed.isfinite().all()
+    assert changed.abs().max() < 20
 
 
 def test_each_share_of_the_clips_gets_its_condition_within_the_bounds():

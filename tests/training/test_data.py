@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from hypothesis import given
@@ -111,6 +112,31 @@ def test_an_epoch_draws_labels_and_corpora_as_often_as_the_recipe_says(settings,
     for kind, count in expected.items():
         mean = np.mean(np.stack(drawn) == kind) * 1000
         assert mean == pytest.approx(count, abs=15 if settings else 1e-9)
+
+
+def test_labels_and_corpora_are_balanced_together():
+    counts = {"a sad": 500, "a calm": 100, "b calm": 100, "b happy": 20}
+    kinds = np.repeat(list(counts), list(counts.values()))
+    corpora, _, emotions = np.char.partition(kinds, " ").T
+    table = pa.table([corpora, emotions], ["corpus", "emotion"])
+    weights = sampling_weights(table, TrainConfig(balanced=True, corpus_balance=1.0))
+    assert weights is not None
+    shares = (weights / weights.sum()).numpy()
+    for names in (corpora, emotions):
+        found = [shares[names == name].sum() for name in np.unique(names)]
+        np.testing.assert_allclose(found, 1 / len(found), atol=1e-3)
+
+
+def test_a_part_names_only_the_speakers_of_its_channel():
+    clips = make_memory_shards(speakers=12).table
+    silent = pc.and_(pc.equal(clips["speaker"], "02"), pc.equal(clips["channel"], "speech"))
+    clips = clips.set_column(
+        clips.schema.get_field_index("channel"), "channel", pc.if_else(silent, "song", "speech")
+    )
+    for fold in range(3):
+        parts = select_rows(clips, TrainConfig(protocol="speaker-3", fold=fold))
+        named = parts.train_speakers + parts.validation_speakers + parts.test_speakers
+        assert sorted(named) == [f"{n:02d}" for n in range(1, 13) if n != 2]
 
 
 def test_seeds_of_different_steps_differ():

@@ -183,7 +183,7 @@ def test_resuming_after_a_preemption_notice_equals_an_uninterrupted_training(
     whole = trained(
         memory_shards, tmp_path / "1", config, preemption_check=lambda: next(asked, False)
     )
-    assert whole.names[1] == f"checkpoint-0001-{2 * step - 4:06d}"
+    assert whole.names[1] == f"checkpoint-000001-{2 * step - 4:06d}"
     rest = trained(memory_shards, tmp_path / "2", config, resume=tmp_path / "1" / "notice")
     for resumed, uninterrupted in zip(rest.reports, whole.reports[1:], strict=True):
         assert resumed.learning_rates == uninterrupted.learning_rates
