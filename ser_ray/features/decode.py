@@ -157,7 +157,7 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
             found = _decode_with_soundfile(source, max_seconds)
     elif start[:4] in (ASF, EBML, VOC[:4]):
         missing_share = _missing_share(file)
-    if found is None:
+    if found is None or found.lost_seconds:  # FFmpeg may find sound after the damage
         found = _decode_with_either(source, file, max_seconds, has_length=has_length)
     return _checked(silence_impossible(found), missing_share)
 
@@ -372,6 +372,7 @@ def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decode
                 while len(piece := sound.read(size, dtype="float32", always_2d=True)):
                     pieces.append(to_mono(piece.T))
                 samples = np.concatenate(pieces)
-            return Decoded(samples, sound.samplerate, 0.0, seconds)
+            decoded = len(samples) / sound.samplerate
+            return Decoded(samples, sound.samplerate, max(seconds - decoded, 0.0), decoded)
     except (soundfile.LibsndfileError, TypeError):  # .raw causes a TypeError
         return None

@@ -797,6 +797,15 @@ def test_of_a_joined_ogg_with_another_sample_rate_the_first_part_is_used(tmp_pat
     assert sound.lost_seconds == pytest.approx(13, abs=2)
 
 
+def test_damage_that_soundfile_skips_in_a_wav_is_reported(tmp_path: Path) -> None:
+    """libsndfile returns fewer samples than it declared, and reports no error."""
+    path = write_sound(tmp_path / "a.wav", voice(6.0), "libmp3lame", "wav")
+    assert decode(str(path)).loss is None
+    data = path.read_bytes()
+    path.write_bytes(data[:24_000] + bytes(300) + data[24_300:])
+    assert 0.02 < decode(str(path)).lost_seconds < 0.1
+
+
 def test_data_attached_to_an_mp3_is_not_lost_sound(tmp_path: Path) -> None:
     """FFmpeg would distrust the declared length, and estimate another one from the size."""
     path, sound = tmp_path / "a.mp3", voice(6.0)
