@@ -62,7 +62,8 @@ def names_inside(location: str) -> tuple[list[str], list[str]]:
     filesystem, root = filesystem_of(location)
     if isinstance(filesystem, fs.LocalFileSystem):  # pyarrow fails if a name is not UTF-8
         with os.scandir(root) as entries:
-            found = [(as_utf8(entry.name), entry.is_dir()) for entry in entries]
+            # Unlike `entry.is_dir()`, `Path.is_dir` does not fail if a link leads to itself.
+            found = [(as_utf8(entry.name), Path(entry.path).is_dir()) for entry in entries]
     else:
         infos = filesystem.get_file_info(fs.FileSelector(root))
         found = [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
