@@ -29,6 +29,7 @@ read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 read -r ip _ < <(getent ahostsv4 "$head")
 address=$ip:$((20000 + SLURM_JOB_ID % 10000))
 export TMPDIR=/tmp # the path that SLURM sets is too long for Ray's sockets
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
 size=(--num-cpus "${SLURM_CPUS_PER_TASK:-1}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}")
 
 srun --overlap --nodes 1 --ntasks 1 --nodelist "$head" \

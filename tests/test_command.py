@@ -52,6 +52,9 @@ def test_the_command_that_trains_the_recipe_of_a_run_has_all_settings_of_this_ru
         "--tracking-uri http://host:5000 --no-audio --max-failures 0"
     )
     assert command_like("abc", ("a", "b"), RunConfig()) == "ser-ray train --like abc --shards a b"
+    assert command_like("abc", "a", RunConfig(), "h:6379") == (
+        "ser-ray train --like abc --shards a --address h:6379"
+    )
 
 
 def test_the_first_lines_count_the_clips_and_speakers_of_every_part(tmp_path, capsys):

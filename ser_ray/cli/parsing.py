@@ -61,7 +61,7 @@ def parse_over(flags: Sequence[str], defaults: V) -> V:
 
 def _parse(verb: type[V], flags: Sequence[str], prog: str, defaults: V | None = None) -> V:
     config = [tyro.conf.OmitArgPrefixes]
-    if defaults is None:  # with other defaults, a switch needs both --flag and --no-flag
+    if {"-h", "--help"} & set(flags):  # the help shows only the form that changes the default
         config.append(tyro.conf.FlagCreatePairsOff)
     return tyro.cli(
         verb,

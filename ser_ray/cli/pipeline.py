@@ -14,6 +14,7 @@ from ser_ray.cli.train import Train
 from ser_ray.cli.verb import Verb, VerbResult, say
 from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
+from ser_ray.errors import ConfigError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
 from ser_ray.shards.config import PrepareConfig, TableConfig, column_names
@@ -99,13 +100,18 @@ class Pipeline(Verb, TableConfig):
         """Report a wrong location or setting before anything slow starts."""
         import pyarrow.compute as pc
 
-        from ser_ray.corpus.folds import num_folds
+        from ser_ray.corpus.folds import ALL, num_folds
         from ser_ray.corpus.labels import map_labels
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess.names import EMOTIONS
         from ser_ray.shards.corpora import corpus_name
         from ser_ray.tracking.registry import read_weights
 
+        if self.recipe.protocol == ALL:
+            raise ConfigError(
+                f"protocol is {ALL}, which has no test part to score: run `ser-ray prepare` and "
+                f"`ser-ray train --protocol {ALL}` instead"
+            )
         labels: tuple[str, ...] = EMOTIONS
         if self.corpus != SYNTHETIC:
             listed = list_corpus(self.corpus, self.missing, column_names(self.columns))

@@ -60,7 +60,9 @@ def start_run(
     return tracker
 
 
-def command_like(run_id: str, locations: Sequence[str], run: RunConfig) -> str:
+def command_like(run_id: str, locations: Sequence[str], run: RunConfig, address: str = "") -> str:
     """Return the command that trains the recipe of an MLflow run again, under another name."""
     settings = replace(run, name="")
-    return next_command("train", like=run_id, shards=tuple(locations), run_config=settings)
+    return next_command(
+        "train", like=run_id, shards=tuple(locations), run_config=settings, address=address
+    )

@@ -165,7 +165,7 @@ class Evaluation:
         for name in GROUPS:
             if name in self.predictions.schema.names and not self.predictions[name].null_count:
                 values = [str(value) for value in self.predictions[name].to_pylist()]
-                groups[name] = group_rows(name, values, self.truth, self.predicted)
+                groups[name] = group_rows(name, values, self.clips, self.truth, self.predicted)
         return groups
 
     @cached_property
@@ -178,7 +178,7 @@ class Evaluation:
             corpus = replace(self, predictions=self.predictions.filter(pc.equal(names, name)))
             scores = {score: corpus.mean(score) for score in ("wa", "ua")}
             low, high = corpus.intervals.ua
-            clips = corpus.predictions.num_rows // len(corpus.by_seed)
+            clips = len(set(corpus.clips))
             rows.append({"corpus": name, "clips": clips, **scores, "ua_low": low, "ua_high": high})
         return rows
 
@@ -306,7 +306,11 @@ def predictions_table(
 
 
 def group_rows(
-    kind: str, groups: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+    kind: str,
+    groups: Sequence[str],
+    clips: Sequence[str],
+    truth: np.ndarray,
+    predicted: np.ndarray,
 ) -> list[Row]:
     """Make a row for each group of clips: its number of clips, its WA and its UA.
 
@@ -314,9 +318,10 @@ def group_rows(
 
     Args:
         kind: column by which the clips are grouped, such as speaker or sex.
-        groups: group of every clip [clips].
-        truth: index of the true label [clips].
-        predicted: index of the predicted label [clips].
+        groups: group in every row [rows].
+        clips: name of the clip in every row [rows]. A clip that several seeds scored counts once.
+        truth: index of the true label [rows].
+        predicted: index of the predicted label [rows].
     """
     num_labels = int(max(truth.max(), predicted.max())) + 1
     rows = []
@@ -324,5 +329,6 @@ def group_rows(
         in_group = np.asarray(groups) == group
         confusion = count_confusion(truth[in_group], predicted[in_group], num_labels)
         scores = Scores(confusion, loss=0.0)
-        rows.append({kind: group, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua})
+        num_clips = len(set(np.asarray(clips)[in_group]))
+        rows.append({kind: group, "clips": num_clips, "wa": scores.wa, "ua": scores.ua})
     return rows

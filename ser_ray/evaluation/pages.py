@@ -186,9 +186,11 @@ def trial_page(
     part = None
     if history:
         selected = selected_row(history, recipe.keep)
-        where = f"epoch {selected['epoch']:.0f}, validation, {scored_on(tags)}"
-        scores = selected_scores(selected)
-        part = confusion_values("validation", where, [np.asarray(confusion)], labels, scores)
+        counts, scores = np.asarray(confusion), selected_scores(selected)
+        where = (
+            f"epoch {selected['epoch']:.0f}, validation, {scored_on(tags)}, {counts.sum()} clips"
+        )
+        part = confusion_values("validation", where, [counts], labels, scores)
     return make_page(
         "run",
         "Trial",
@@ -261,7 +263,7 @@ def search_page(
                 "ua": row["selected/ua"],
                 "wa": row["selected/wa"],
                 **{key: _format(row[key]) for key in searched},
-                "epochs": row["epochs"],
+                "completed": row["completed"],
                 "state": row["state"],
             }
             for row in ranked

@@ -66,5 +66,6 @@ def _environment() -> Environment:
     )
     environment.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}"
     environment.filters["svg"] = lambda figure, about: Markup(inline_svg(figure, about))
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # of Markdown
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment

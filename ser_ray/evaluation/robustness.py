@@ -96,5 +96,5 @@ def _row(name: str, definition: str, evaluation: Evaluation, predicted: np.ndarr
         "ua_change": change.ua_difference,
         "low": low,
         "high": high,
-        "unscored": int((predicted == num_indices - 1).sum()),
+        "unscored": len(set(np.asarray(evaluation.clips)[predicted == num_indices - 1])),
     }

@@ -93,7 +93,8 @@ def part_values(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     labels = evaluation.card.labels
     scores = {title: evaluation.mean(name) for name, title in SCORES.items()}
     confusions = [scores.confusion for scores in evaluation.by_seed.values()]
-    base = confusion_values(evaluation.part, evaluation.measured_on, confusions, labels, scores)
+    where = f"{evaluation.measured_on}, {len(set(evaluation.clips))} clips"
+    base = confusion_values(evaluation.part, where, confusions, labels, scores)
     calibration, uncalibrated = evaluation.calibration, evaluation.uncalibrated
     has_temperature = evaluation.card.temperature != 1
     return base | {
@@ -125,7 +126,7 @@ def confusion_values(
 
     Args:
         part: the part of the fold that was scored.
-        measured_on: what was scored, in words.
+        measured_on: what was scored, and on how many clips, in words.
         confusions: for each seed, counts as in `label_rows`.
         labels: the labels, in the order of the counts.
         scores: the scores of the part, by title.
@@ -134,8 +135,8 @@ def confusion_values(
     return {
         "id": part,
         "title": f"{part.capitalize()} part",
-        "headline": headline(confusion, labels),
-        "measured_on": f"{measured_on}, {confusion.sum()} clips",
+        "headline": headline(confusion, labels, "clips" if len(confusions) == 1 else "predictions"),
+        "measured_on": measured_on,
         "scores": scores,
         "num_labels": int((confusion.sum(axis=1) > 0).sum()),
         "confusion": confusion_figure(confusion, labels),
@@ -199,7 +200,7 @@ def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
+def headline(confusion: np.ndarray, labels: Sequence[str], noun: str = "clips") -> str:
     """Return sentences about the best label, the worst label and the most frequent confusion.
 
     The frequency of a confusion is its share of the clips of the true label.
@@ -208,6 +209,7 @@ def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
         confusion: counts of at least one clip [labels, labels], with a row for each true label and
             a column for each predicted label.
         labels: the labels, in the order of the counts.
+        noun: what is counted. Several seeds make several predictions for a clip.
     """
     support = confusion.sum(axis=1)
     recall = np.where(support > 0, Scores(confusion, loss=0.0).recall, np.nan)
@@ -225,7 +227,7 @@ def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
     if wrong[true, predicted]:
         sentence += (
             f" It most often mistakes {labels[true]} for {labels[predicted]} "
-            f"({wrong[true, predicted]} of {support[true]} clips)."
+            f"({wrong[true, predicted]} of {support[true]} {noun})."
         )
     return sentence
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ser_ray.plots.style import BLUE, VERMILION
+from ser_ray.plots.style import BLUE, VERMILION, shortened
 
 NUM_STROKES = 300
 """Largest number of stretches that a waveform is divided into."""
@@ -54,7 +54,7 @@ def clip_figure(
         starts = [start for start, _, _ in timeline]
         lengths = [end - start for start, end, _ in timeline]
         panels[2].barh(rows, lengths, left=starts, height=0.7, color=VERMILION, alpha=0.6)
-        panels[2].set_yticks(range(len(labels)), labels)
+        panels[2].set_yticks(range(len(labels)), map(shortened, labels), parse_math=False)
         panels[2].set_xlim(0, seconds)
         panels[2].invert_yaxis()
     panels[-1].set_xlabel("seconds", fontsize=8)

@@ -20,6 +20,7 @@ from ser_ray.plots.style import (
     finish,
     legend_above,
     new_axes,
+    shortened,
     tidy,
 )
 
@@ -64,9 +65,10 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
         colour = "white" if share > _WHITE_ABOVE else "black"
         axes.text(column + 0.5, row + 0.5, text, color=colour, ha="center", va="center")
     middles = np.arange(len(labels)) + 0.5
-    row_labels = [f"{label} ({count})" for label, count in zip(labels, support, strict=True)]
+    names = list(map(shortened, labels))
+    row_labels = [f"{name} ({count})" for name, count in zip(names, support, strict=True)]
     axes.set_xticks(
-        middles, labels, rotation=45, ha="right", rotation_mode="anchor", parse_math=False
+        middles, names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False
     )
     axes.set_yticks(middles, row_labels, parse_math=False)
     axes.tick_params(length=0)
@@ -90,7 +92,7 @@ def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figur
     axes.barh(positions, 1 - wa, left=wa, color=VERMILION, alpha=0.3, height=0.7)
     for position, row in enumerate(rows):
         axes.text(1.02, position, f"{row['wa']:.1%} of {row['clips']}", va="center")
-    axes.set_yticks(positions, [row["speaker"] for row in rows], parse_math=False)
+    axes.set_yticks(positions, [shortened(row["speaker"]) for row in rows], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.4)  # room for the text
     axes.set_xticks(np.linspace(0, 1, 6))

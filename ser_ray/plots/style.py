@@ -19,6 +19,8 @@ DARK_BLUE, DARK_VERMILION = "#08529C", "#983000"
 WIDTH = 5.2
 """Width of a figure in inches. Phones shrink such figures to three quarters, so their text has at
 least 10 points."""
+MOST_CHARACTERS = 24
+"""Longer names beside an axis are shortened, because they would leave no room for the axes."""
 CHARACTERS_PER_INCH = 12
 """Number of characters of a title that fit into an inch."""
 
@@ -26,6 +28,12 @@ CHARACTERS_PER_INCH = 12
 def new_axes(height: float, **settings: Any) -> Axes:
     """Return the only axes of a new figure of this height in inches."""
     return Figure(figsize=(WIDTH, height), layout="constrained").add_subplot(**settings)
+
+
+def shortened(name: str) -> str:
+    """Return a name without its middle if it has more than MOST_CHARACTERS characters."""
+    half = MOST_CHARACTERS // 2
+    return name if len(name) <= MOST_CHARACTERS else f"{name[:half]}…{name[1 - half :]}"
 
 
 def format_percent(share: float, _: float = 0.0) -> str:

@@ -116,7 +116,8 @@ def crossval(
         setup,
         settings={"part": config.part},
         varied_fields={"fold", "seed"},
-        show=show,
+        # An earlier call may have trained folds or seeds that are not in this plan.
+        show=lambda trials: show([trial for trial in trials if trial.values in plan.points]),
         address=address,
     ) as study:
         # If an earlier call with fewer folds was interrupted, the first pass completes only these

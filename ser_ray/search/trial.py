@@ -195,7 +195,7 @@ def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
             "state": trial.state,
             **trial.values,
             "lr_min": trial.recipe.lr_min,
-            "epochs": trial.epochs,
+            "completed": trial.epochs,
             "selected/epoch": trial.selected.get("epoch"),
             "selected/ua": trial.selected.get("val/ua"),
             "selected/wa": trial.selected.get("val/wa"),

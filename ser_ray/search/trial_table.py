@@ -115,7 +115,7 @@ class TrialTable:
 
     def _line(self, trial: TrialRecord) -> str:
         values = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
-        head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {values}"
+        head = f"trial {trial.number:3d} {trial.state:8}  {values}"
         if trial.problem:
             return f"{head}  after {trial.epochs} epochs: {trial.problem}"
         if not trial.rows:

@@ -140,7 +140,7 @@ def search(
             run_id=study.parent.run_id,
             tracking_uri=study.parent.uri,
             location=study.folder.location,
-            train_command=command_like(best.run_id, shards.locations, run),
+            train_command=command_like(best.run_id, shards.locations, run, address),
         )
         _log_outcome(study, result, config)
         study.finish()

@@ -176,6 +176,15 @@ def test_flags_beside_like_replace_single_settings_of_that_recipe(capsys, monkey
     assert recipe == replace(theirs, lr_max=2e-3, weight_decay=0.0, augment=augment)
 
 
+def test_flags_beside_like_undo_the_switches_of_that_recipe(capsys, monkeypatch):
+    theirs = TrainConfig(balanced=True, augment=AugmentConfig(random_crop=False))
+    monkeypatch.setattr(registry, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
+    flags = "--no-balanced --random-crop --dry-run"
+    assert main(["train", "--like", "f00d", *flags.split()]) == 0
+    recipe = TrainConfig.from_dict(json.loads(capsys.readouterr().out)["train"]["recipe"])
+    assert recipe == TrainConfig()
+
+
 def test_a_run_is_named_after_its_origin_alone_only_if_the_recipe_is_equal(capsys, monkeypatch):
     theirs = TrainConfig(feature="mel")
     monkeypatch.setattr(registry, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
@@ -278,6 +287,10 @@ def test_a_mistyped_corpus_is_reported_before_weights_are_read(capsys, in_tmp, m
         ("--protocol table", "the column split has the speaker s0 in train and in test, so"),
         ("--protocol emobox-6", "emobox-6 is defined for RAVDESS's actors 01 to 24"),
         ("--protocol loso --label-map map.csv", "line 2: there is no label 'anger' in out"),
+        (
+            "--protocol all",
+            "protocol is all, which has no test part to score: run `ser-ray",
+        ),
     ],
 )
 def test_what_a_table_cannot_do_is_said_before_it_is_prepared(

@@ -39,7 +39,12 @@ def test_table_of_speakers_agrees_with_scikit_learn(rng: np.random.Generator) ->
     truth, predicted = rng.integers(0, 4, (2, 300))
     speakers = rng.choice(["03", "01", "22"], 300)
     truth[(speakers == "22") & (truth == 2)] = 1  # a speaker without one of the labels
-    rows = group_rows("speaker", list(speakers), truth, predicted)
+    clips = [str(number) for number in range(len(truth))]
+    rows = group_rows("speaker", list(speakers), clips, truth, predicted)
+    twice = group_rows(
+        "speaker", [*speakers] * 2, clips * 2, np.tile(truth, 2), np.tile(predicted, 2)
+    )
+    assert twice == rows, "clips that two seeds scored"
     assert [item["speaker"] for item in rows] == ["01", "03", "22"]
     for item in rows:
         own = speakers == item["speaker"]
@@ -60,6 +65,8 @@ def test_the_table_of_corpora_holds_the_scores_of_each_alone(checkpoint) -> None
     corpora = np.tile(np.repeat(["speech", "a/b"], [40, 20]), 2)
     clips = pa.table(
         {
+            "path": [f"{number}.wav" for number in range(60)] * 2,
+            "start": pa.nulls(120, pa.float64()),
             "corpus": corpora,
             "speaker": np.tile(rng.choice(["1", "2", "3"], 60), 2),
             "emotion": np.array(card.labels)[truth],

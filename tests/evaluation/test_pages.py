@@ -115,6 +115,7 @@ def evaluation(tmp_path_factory) -> Evaluation:
     clips = pa.table(
         {
             "path": [f"/nowhere/{n}.wav" for n in range(90)],
+            "start": pa.nulls(90, pa.float64()),
             "take": [str(n) for n in range(90)],
             "speaker": ["01", "11", "20"] * 30,
             "sex": ["male", "female"] * 45,
@@ -180,7 +181,7 @@ def search_rows() -> list[dict[str, Any]]:
         found.append(
             {
                 "trial": number, "state": state, "lr_max": lr_max, "lr_ratio": 25.0,
-                "feature": "mel", "lr_min": lr_max / 25, "epochs": number,
+                "feature": "mel", "lr_min": lr_max / 25, "completed": number,
                 "selected/ua": val_ua, "selected/wa": val_ua, "selected/loss": 1.0,
             }
         )  # fmt: skip
@@ -356,6 +357,9 @@ def test_a_page_of_several_seeds_shows_the_means_of_their_scores(evaluation: Eva
     assert low < expected.mean() < high
     page = Page(text).text
     assert "means over 2 seeds" in page
+    assert ", 90 clips" in page, "each clip counts once"
+    assert re.search(r"\(\d+ of \d+ predictions\)", page)
+    assert sum(row["clips"] for row in pooled.speaker_rows) == 90
     for label, share in zip(LABELS, expected, strict=True):
         assert re.search(rf"{re.escape(label)} [\d.]+% [\d.]+% {share:.1%} 60", page)
 

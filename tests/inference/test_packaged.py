@@ -480,6 +480,15 @@ def test_the_card_of_a_ravdess_model_names_its_limits_and_licence(tmp_path):
     for words in ("North American English", "CC BY-NC-SA", "24 professional actors", "60.0%"):
         assert words in text
     assert "has not been scored" in text
+    assert " | " not in text
+    scores = {
+        "intervals": {"ua": (0.4, 0.6), "count": 2, "drawn": "speakers"}, "protocol": "loso",
+        "clips": 4, "ua": 0.5, "wa": 0.5, "f1": 0.5, "ece": 0.1, "recall": {"a|b": 0.5},
+        "groups": {"speaker": [{"speaker": "x|y", "clips": 2, "wa": 0.5, "ua": 0.5}] * 2},
+    }  # fmt: skip
+    scored = render("model_card.md.jinja", card=card, scores=scores, validation_ua=0.6)
+    assert "| a\\|b | 50.0% |" in scored
+    assert "| x\\|y | 2 |" in scored
     assert "of the last epoch; folds and trials are selected by this score" in text
     card = make_checkpoint(tmp_path, corpus="synthetic")
     synthetic = render("model_card.md.jinja", card=card, scores=None, validation_ua=0.6)

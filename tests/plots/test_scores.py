@@ -131,6 +131,16 @@ def test_a_name_with_two_dollars_is_text_and_no_formula() -> None:
         assert text in drawn
 
 
+def test_long_names_leave_room_for_the_axes() -> None:
+    """Common Voice names its speakers by 128 hexadecimal digits."""
+    names = [f"{digit * 64}{number}" for number, digit in enumerate("abc")]
+    rows = [{"speaker": name, "wa": 0.5, "clips": 2} for name in names]
+    for figure in (confusion_figure(np.eye(3, dtype=int), names), speakers_figure(rows)):
+        drawn = inline_svg(figure, "long")
+        assert figure.axes[0].get_window_extent().width > 0.4 * figure.bbox.width
+        assert all(f">{name[:12]}…{name[-11:]}" in drawn for name in names)
+
+
 def test_drawing_leaves_pyplot_alone() -> None:
     code = (
         "import sys, numpy; from ser_ray.plots.scores import confusion_figure;"

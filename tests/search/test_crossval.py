@@ -171,7 +171,7 @@ def pooled(folder: Path) -> CrossvalResult:
         seed, fold = point["seed"], point["fold"]
         recipe = replace(RECIPE, seed=seed, fold=fold)
         rows = {
-            "path": [f"{fold}0.wav", f"{fold}1.wav"],
+            "path": [f"{fold}0.wav", f"{fold}1.wav"], "start": pa.nulls(2, pa.float64()),
             "fold": [fold] * 2, "seed": [seed] * 2, "speaker": [f"{fold}a", f"{fold}b"],
             "emotion": ["calm", "sad"], "predicted": ["calm", "calm" if fold else "sad"],
             "p_calm": [0.9, 0.9 if fold else 0.1], "p_sad": [0.1, 0.1 if fold else 0.9],

@@ -491,7 +491,7 @@ def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
         table(study.trials)
     lines = output.getvalue().splitlines()
     assert len(lines) == 3
-    assert "trial   1/3 pruned" in lines[0]
+    assert "trial   1 pruned" in lines[0]
     assert "UA 10.0% SPEAKER-DEPENDENT after 1 of 3 epochs" in lines[0]
     assert "after 0 epochs: ValueError: no good" in lines[2]
 
@@ -506,8 +506,8 @@ def test_a_log_gets_a_line_about_running_trials_from_time_to_time(server, tmp_pa
         monkeypatch.setattr(trial_table, "LOG_SECONDS", 0.0)
         table([running])
     assert output.getvalue().splitlines() == [
-        "trial   1/1 running   seed 0",
-        "trial   1/1 running   seed 0  UA 25.0% after 1 of 3 epochs",
+        "trial   1 running   seed 0",
+        "trial   1 running   seed 0  UA 25.0% after 1 of 3 epochs",
     ]
 
 
@@ -603,3 +603,11 @@ def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):
     rows = trial_rows(study.trials)
     assert len({tuple(row) for row in rows}) == 1
     assert json.loads(json.dumps(rows))[1]["selected/ua"] == 0.6
+
+
+def test_a_searched_number_of_epochs_is_kept_beside_the_completed_ones(server, tmp_path):
+    study, trial = open_study(server, tmp_path), TuneTrial("e", epochs=40)
+    study.on_trial_start(1, [trial], trial)
+    trial.epoch(study, 1, 0.3, done=True)
+    (row,) = trial_rows(study.trials)
+    assert (row["epochs"], row["completed"]) == (40, 1)

@@ -134,7 +134,9 @@ def test_a_part_names_only_the_speakers_of_its_channel():
         clips.schema.get_field_index("channel"), "channel", pc.if_else(silent, "song", "speech")
     )
     for fold in range(3):
-        parts = select_rows(clips, TrainConfig(protocol="speaker-3", fold=fold))
+        parts = select_rows(
+            clips, TrainConfig(protocol="speaker-3", fold=fold, train_channel="speech")
+        )
         named = parts.train_speakers + parts.validation_speakers + parts.test_speakers
         assert sorted(named) == [f"{n:02d}" for n in range(1, 13) if n != 2]
 
