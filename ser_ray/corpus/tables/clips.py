@@ -156,7 +156,9 @@ def _require_one(
     numbers = np.flatnonzero(pc.equal(rows[key], name).to_numpy())
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
-    hint = "; a take is one performance, named by the column take, or else by the path without suffix"
+    hint = (
+        "; a take is one performance. The column take names it, or else the path without its suffix"
+    )
     raise CorpusError(
         f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "
         f"{key}, {shown!r}, but their {column} is {values[0]!r} and {values[other]!r}"
