@@ -43,7 +43,7 @@ def is_connected() -> bool:
 
 
 def is_started_here() -> bool:
-    """Return whether this process is connected to a Ray that it started itself (`cluster`)."""
+    """Return whether this process is connected to a Ray that `cluster` started on this machine."""
     return _is_started_here
 
 
@@ -69,8 +69,8 @@ def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None
 
     Args:
         address: address of the cluster.
-        has_actor_pool: whether Ray Data uses a pool of actors in the block. Ray's C++ code logs a
-            harmless error about such pools. Therefore all errors of the C++ code are then hidden.
+        has_actor_pool: whether Ray Data uses a pool of actors in the block. If so, the errors that
+            Ray's C++ code logs are hidden, because it logs a harmless error about such pools.
 
     Raises:
         ResourcesError: no cluster at the address can be joined, the address has the wrong form, Ray
@@ -141,7 +141,7 @@ def _init(address: str, source: str, folder: str | None, log_level: str) -> None
             f"use only this machine, leave out {source}"
         ) from error
     except Exception as error:
-        # If its start takes more than 30 s, Ray raises a plain Exception.
+        # Ray raises a plain Exception if it has not started after 30 s.
         if type(error) is not Exception:
             raise
         raise _start_error(error) from error
