@@ -36,6 +36,12 @@ RUMBLE_SHARE = 1 / 8
 """This share of the power of rumble counts as noise. With it, `above_noise_db` is at most 11 for
 rumble of up to 30 Hz without a voice, and at least 12 if a voice has as much power in its stretches
 as the rumble."""
+PERIOD_STRETCHES = 3
+"""These stretches contain a whole period of mains hum of 50 or 60 Hz. The hum of lamps is a short
+pulse in each period, so the stretches between the pulses are not its level."""
+HUM_SHARE = 0.7
+"""This share of the 10th percentile of the periods' power counts as noise. With it,
+`above_noise_db` is less than 12 for hum without a voice, and does not change for a clear voice."""
 BLOCK_STRETCHES = 10_000
 """Stretches are measured in blocks of this many, to save memory."""
 
@@ -52,7 +58,8 @@ class Loudness:
     """A stretch with more power than this is sound."""
     above_noise_db: float
     """Level of the recording (`num_loud`) above the noise, in dB. The noise is the 10th percentile
-    of the power, plus RUMBLE_SHARE of the power that rumble adds to a stretch."""
+    of the power, plus RUMBLE_SHARE of the power that rumble adds to a stretch. If HUM_SHARE of the
+    10th percentile of the periods' power is greater, that is the noise."""
 
     @property
     def is_silent(self) -> bool:
@@ -98,7 +105,12 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     # Within a stretch, rumble is almost a parabola. If the second difference of the means is `c`, a
     # parabola has a power of c**2 / 720 after the best-fitting line is subtracted.
     rumble = np.sort(np.diff(means, 2) ** 2 / 720)
-    noise = quiet + RUMBLE_SHARE * (rumble[-num_loud(len(rumble))] if len(rumble) else 0.0)
+    periods = np.convolve(power[:-1], np.full(PERIOD_STRETCHES, 1 / PERIOD_STRETCHES), "valid")
+    periods = np.sort(periods[periods > POWER_FLOOR / PERIOD_STRETCHES])
+    noise = max(
+        HUM_SHARE * periods[(len(periods) - 1) // 10],
+        quiet + RUMBLE_SHARE * (rumble[-num_loud(len(rumble))] if len(rumble) else 0.0),
+    )
     return Loudness(stretch, power, threshold, float(10 * np.log10(loud / noise)))
 
 
