@@ -7,6 +7,7 @@ import getpass
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from ser_ray.errors import ConfigError, LocationError, first_line
 
 NOT_UTF8 = "the path is not UTF-8; rename the file or folder"
 NULL_CHARACTER = "a path cannot contain a null character"
+TEMPORARY_BYTES = 100_000_000
+"""Free disk space for temporary files: two copies of a ResNet18 of 45 MB."""
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 # Schemes that pyarrow opens. It decodes percent-encoded paths, and fsspec, which opens all other
 # schemes, does not.
@@ -122,6 +125,23 @@ def name_account() -> None:
         os.environ["LOGNAME"] = str(os.getuid())
     if os.path.expanduser("~") == "~":  # noqa: PTH111 - `Path.home` raises an error
         os.environ["HOME"] = tempfile.gettempdir()
+
+
+def require_temporary_space() -> None:
+    """Check, before slow work begins, that a copy of a model fits into the temporary folder.
+
+    Raises:
+        ConfigError: the disk of the folder is nearly full, or no folder can be written.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.strerror}: set TMPDIR to a folder that can be written") from None
+    if (free := shutil.disk_usage(folder).free) < TEMPORARY_BYTES:
+        raise ConfigError(
+            f"the folder of temporary files, {folder}, has {free // 1_000_000} MB of free space, "
+            f"and {TEMPORARY_BYTES // 1_000_000} MB are needed: set TMPDIR to another folder"
+        )
 
 
 def absolute(location: str) -> str:
