@@ -39,10 +39,20 @@ COLUMNS = (
     "attributes.`Models`",
 )
 """The columns of the table, in order and by the names in MLflow's pages."""
+COLUMN_WIDTHS = {
+    "tags.`kind`": 140,
+    "tags.`protocol`": 290,
+    "params.`feature`": 140,
+    "params.`lr_min`": 190,
+    "params.`lr_max`": 190,
+    "params.`fold`": 70,
+    "params.`seed`": 70,
+}
+"""Widths in pixels, so that no value is cut: 2.12e-05 would otherwise look like 2.12."""
 STATE = {
     "selectedColumns": COLUMNS,
     "columnOrder": COLUMNS,
-    "columnWidths": {"tags.`protocol`": 260},
+    "columnWidths": COLUMN_WIDTHS,
     "orderByKey": "metrics.`selected/ua`",
     "orderByAsc": False,
     "searchFilter": "tags.kind != 'trial' and tags.kind != 'fold'",

@@ -8,7 +8,15 @@ import pytest
 
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.tracking.views import COLUMNS, STATE, VIEW_KEY, VIEW_TAG, run_links, save_view
+from ser_ray.tracking.views import (
+    COLUMN_WIDTHS,
+    COLUMNS,
+    STATE,
+    VIEW_KEY,
+    VIEW_TAG,
+    run_links,
+    save_view,
+)
 from tests.mlflow_store import new_store
 
 PAGES = Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js"
@@ -46,6 +54,19 @@ def test_the_pages_of_this_mlflow_know_every_name_of_the_view(tracker: Tracker, 
         "this version of MLflow stores views under other names: save a view in its pages, look at "
         "the experiment's tags, and correct ser_ray/tracking/views.py"
     )
+
+
+def test_columns_of_the_view_are_as_wide_as_their_values() -> None:
+    values = {
+        "tags.`kind`": "cross-validation",
+        "tags.`protocol`": "emobox-6 fold 0 (speaker-independent)",
+        "params.`feature`": "wavlm_base_plus",
+        "params.`lr_min`": "2.1251419451059772e-05",
+        "params.`lr_max`": "0.0013915971093684705",
+    }
+    for column, value in values.items():
+        assert COLUMN_WIDTHS[column] >= 30 + 6.5 * len(value), "a cell has margins of 15 pixels"
+    assert set(COLUMN_WIDTHS) <= set(COLUMNS)
 
 
 def test_links_lead_to_the_run_and_to_the_saved_view(tracker: Tracker) -> None:
