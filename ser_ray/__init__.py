@@ -25,6 +25,8 @@ cli          these steps as verbs of the command line
 `import ser_ray` imports none of them.
 """
 
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ser_ray.version import __version__ as __version__
@@ -69,6 +71,10 @@ def __getattr__(name: str) -> Any:
     """Import `ser_ray.api` when one of its names is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'ser_ray' has no attribute {name!r}")
+    # In a notebook without ipywidgets, tqdm and Ray ask for it when they are imported. Nothing here
+    # draws with it.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    logging.getLogger("ray.widgets").setLevel(logging.ERROR)
     from ser_ray import api
 
     return getattr(api, name)

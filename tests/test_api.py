@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,23 @@ def test_a_notebooks_cells_name_emotions_and_draw_them(in_tmp, checkpoint):
     assert answer.emotion in answer._repr_html_()
     for drawn in (answers, table):
         assert "<table" in drawn._repr_html_()
+
+
+def test_no_library_asks_a_notebook_for_ipywidgets():
+    cell = (
+        "import sys\n"
+        "from types import SimpleNamespace\n"
+        "from unittest.mock import MagicMock\n"
+        "shell = type('ZMQInteractiveShell', (MagicMock,), {})()\n"
+        "sys.modules['IPython'] = SimpleNamespace(get_ipython=lambda: shell)\n"
+        "sys.modules['ipywidgets'] = None\n"
+        "sys.modules['ipykernel.zmqshell'] = SimpleNamespace()\n"
+        "import ser_ray\n"
+        "ser_ray.prepare\n"
+        "import ray.data, tqdm.auto\n"
+    )
+    done = subprocess.run([sys.executable, "-c", cell], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_a_notebook_completes_the_functions_and_shows_what_shards_hold(memory_shards, tmp_path):
