@@ -192,8 +192,10 @@ class TuneTrial:
 def run(study: Study, folder: Path) -> list[TuneTrial]:
     """Run a trial that is stopped, one that finishes after a lost process, and one that fails."""
     trials = [
-        TuneTrial("s", lr_max=1e-2), TuneTrial("f", lr_max=2e-2), TuneTrial("x", lr_max=3e-2),
-    ]  # fmt: skip
+        TuneTrial("s", lr_max=1e-2, lr_ratio=25.0),
+        TuneTrial("f", lr_max=2e-2, lr_ratio=25.0),
+        TuneTrial("x", lr_max=3e-2, lr_ratio=25.0),
+    ]
     stopped, finished, failed = trials
     study.on_step_begin(0, [])
     for trial in reversed(trials):
@@ -282,6 +284,8 @@ def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monk
     assert finished.lines["Validation"].startswith("UA 60.0%, WA 60.0% (speaker-3 fold 1 of 3")
     assert finished.lines["Again"].startswith("`ser-ray train --like run-2 --shards ")
     assert finished.params["lr_max"] == 2e-2
+    assert finished.params["search"] == {"lr_ratio": 25.0}
+    assert set(finished.params) == {*TrainConfig().to_dict(), "search"}
     assert [point for point in finished.points if point[0] == "val/ua"] == [
         ("val/ua", 1, 0.2), ("val/ua", 2, 0.6), ("val/ua", 3, 0.5),
     ]  # fmt: skip
