@@ -33,7 +33,7 @@ from ser_ray.storage.paths import absolute
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.run_metadata import run_tags, scored_on
 from ser_ray.tracking.store import require_server
-from ser_ray.tracking.tracker import Tracker, flatten, now_ms
+from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.lr_range import LrRange, propose_bounds, range_steps
 from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
@@ -107,7 +107,8 @@ def run_lr_range(
             page = range_page(
                 folder.name,
                 asdict(proposal),
-                settings=flatten(params),
+                recipe=recipe,
+                test=asdict(test),
                 tags=tags,
                 run_id=tracker.run_id,
             )

@@ -279,7 +279,8 @@ def range_page(
     name: str,
     found: Mapping[str, Any],
     *,
-    settings: Mapping[str, object],
+    recipe: TrainConfig,
+    test: Mapping[str, object],
     tags: Mapping[str, str],
     run_id: str,
 ) -> str:
@@ -287,7 +288,7 @@ def range_page(
 
     Args:
         found: the measured losses and the proposed bounds, in the form that `range_figure` takes.
-        settings: name and value of each setting of the recipe and of the range test.
+        test: name and value of each setting of the range test.
     """
     bounds = {key: f"{found[key]:.1e}" for key in ("lr_min", "lr_max")}
     return make_page(
@@ -301,7 +302,7 @@ def range_page(
         measured_on=f"training loss, {scored_on(tags)}",
         bounds=bounds,
         figure=range_figure(found),
-        settings=settings,
+        settings={**settings_of(recipe), **test},
         versions=tags,
     )
 

@@ -15,12 +15,7 @@ DEVICE = "a device or pipe, not a file"
 NO_FILE = "there is no such file"
 FOLDER = "a folder, not a file"
 _SYSTEM_FOLDERS = (
-    "__MACOSX",
-    "lost+found",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "@eaDir",
-    "#recycle",
+    *("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle"),
 )
 
 
@@ -58,9 +53,7 @@ def list_files(location: str) -> Iterator[ListedFile]:
 
 
 def names_inside(location: str) -> tuple[list[str], list[str]]:
-    """Return the names of the files and of the folders in a folder.
-
-    Hidden entries and system folders are skipped, as in `list_files`.
+    """Return the names of the files and of the folders in a folder, without hidden entries.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -107,10 +100,7 @@ def _list_local(root: str) -> Iterator[ListedFile]:
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """Return the status of a path, and why it cannot be opened as a file.
-
-    The status is None if it cannot be read. The reason is None if the path is that of a file.
-    """
+    """Return the status of a path, and why it cannot be opened as a file. One may be None."""
     try:
         status = os.stat(path)  # noqa: PTH116 - Path objects are slow for a million files
     except FileNotFoundError:
@@ -127,11 +117,11 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def find_local(path: str) -> str:
-    """Return a path in the Unicode normal forms in which it exists, or unchanged if it does not.
+    """Return a path in the Unicode forms in which it exists, or unchanged if it does not exist.
 
-    Operating systems write accented letters in different normal forms, so a path in a table that
-    was written on one system may not be found on another. The folders and the file may differ in
-    their forms.
+    Operating systems write accented letters in different normal forms of Unicode, so a path from a
+    table that was written on one system may not be found on another. The folders and the file may
+    have different forms.
     """
     if path.isascii() or os.path.lexists(path):
         return path

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import re
+import shutil
 from datetime import UTC, datetime
 from functools import partial
 from html.parser import HTMLParser
@@ -27,7 +28,7 @@ from ser_ray.evaluation.pages import (
 )
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.plots.clip import clip_figure
-from ser_ray.training.recipe import TrainConfig
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.models import make_checkpoint
 
 VOID = {"meta", "br", "hr", "img", "link"}
@@ -227,7 +228,14 @@ def render_range() -> str:
         "lr_min": 2e-5,
         "lr_max": 5e-4,
     }
-    return range_page("range", found, settings={"feature": "mel"}, tags=TAGS, run_id="0123")
+    return range_page(
+        "range",
+        found,
+        recipe=TrainConfig(augment=AugmentConfig(noise=0.25)),
+        test={"steps": 200},
+        tags=TAGS,
+        run_id="0123",
+    )
 
 
 def render_crossval(evaluation: Evaluation) -> str:
@@ -271,6 +279,26 @@ def test_every_figure_is_an_svg_with_a_description(text: str) -> None:
         assert root.get("aria-label")
         assert "#000000" not in figure, "black vanishes on a dark page"
     assert "<angry>" in words_of(figure_of(text, "test: confusion matrix"))
+
+
+@pytest.mark.slow
+def test_a_phone_shows_the_scores_of_the_longest_label_without_scrolling(text: str) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    widest = text.replace("sad &amp; low", "surprised").replace("<td>30</td>", "<td>999</td>")
+    widest = re.sub(r"<td>[\d.]+%</td>", "<td>100.0%</td>", widest)
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_content(widest)
+        table = page.locator(".scroll:has(table.numbers)").first
+        assert "surprised 100.0% 100.0% 100.0%" in " ".join(table.inner_text().split())
+        assert table.evaluate("box => box.scrollWidth - box.clientWidth") == 0
+        browser.close()
 
 
 def test_labels_and_names_are_escaped(text: str) -> None:
@@ -468,6 +496,9 @@ def test_the_page_of_a_range_test_shows_the_loss_and_the_proposed_bounds() -> No
     lines = polylines(figure_of(text, "Loss by learning rate"))
     assert [len(line) for line in lines] == [4, 4, 2, 2]
     assert "mlflow.user" not in text
+    settings = {"changed settings": "--noise 0.25", "noise": "0.25", "steps": "200"}
+    for name, value in settings.items():
+        assert f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' in text
 
 
 def test_the_same_run_gives_the_same_page(evaluation: Evaluation) -> None:
