@@ -1,7 +1,8 @@
 """Runs a benchmark: the speed of one step of the program, or its recovery from faults.
 
-`python jobs/bench.py prepare|encode|train|tune|predict|plan|faults ...` runs `bench_<name>.py`. The
-docstring of that file says what the benchmark compares and what its figures do not show.
+`python jobs/bench.py prepare|encode|train|floor|tune|predict|plan|faults ...` runs
+`bench_<name>.py`. The docstring of that file says what the benchmark compares and what its figures
+do not show.
 """
 
 import os

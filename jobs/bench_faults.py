@@ -14,10 +14,10 @@ Each round appends one line of JSON to `--log`. The table at the end summarises 
 file, so several short calls add up. The seconds are meaningful only on a machine without other
 work.
 
-With `--storage s3`, shards, runs and answers are in a bucket of a local S3 server, which can refuse
-all requests, or answer them late. With `--storage small-disk`, they are on a disk in memory, which
-can get full; only root can mount it. Faults of networks between nodes and of clocks are not
-injected.
+With `--storage s3`, shards, runs and predictions are in a bucket of a local S3 server. By default,
+the faults are then that this server refuses all requests or answers them late. With `--storage
+small-disk`, they are on a disk in memory, which only root can mount, and the fault is a full disk.
+Faults of the network between nodes and of clocks are not injected.
 """
 
 import json
@@ -58,17 +58,18 @@ NODES = 2
 SPEAKERS = 6
 EPOCHS = 4
 PAUSE = 10.0
-"""Seconds for which a process is stopped, the MLflow server is missing, the S3 server refuses or
-delays requests, or the disk is full. It is also the notice of a preempted node."""
+"""Seconds that a fault lasts: a stopped process, a missing MLflow server, an S3 server that refuses
+or delays requests, or a full disk. A preempted node is lost this long after its notice."""
 DELAY = 1.0
 """Seconds that the S3 server adds to each answer while it is slow."""
 DISK = "2g"
 """Size of the small disk."""
 MAX_SECONDS = 600.0
-"""A driver that has not ended after this time hangs."""
+"""A driver that runs longer than this is killed, and counts as hanging."""
 RELEASE_SECONDS = 60.0
 """Time in which the cluster must release the resources of a driver."""
-MOST_COMMANDS = 4
+MAX_COMMANDS = 4
+"""Number of times that a command is run, at most, until it succeeds."""
 RECIPE = (
     *("--protocol", "speaker-3", "--weights", "none", "--crop-frames", "32", "--no-audio"),
     *("--batch-size", "4", "--validation-speakers", "1"),
@@ -76,7 +77,7 @@ RECIPE = (
 GRACE = 5.0
 """Seconds in which a driver may still end without an error after a signal."""
 MODE = "s3-mode"
-"""Name of the file that says how the S3 server answers."""
+"""Name of the file with the mode of the S3 server (`s3_server`)."""
 ENDING_SIGNALS = ("terminate driver", "hang up driver", "interrupt driver")
 DRIVER = ("kill driver", "stop driver", *ENDING_SIGNALS)
 FAULTS = (
@@ -108,7 +109,8 @@ class Bench:
     storage: Literal["local", "s3", "small-disk"] = "local"
     """Where the commands write: to a local folder, a local S3 server, or a small disk."""
     faults: tuple[str, ...] = ()
-    """The faults to draw from; by default all faults, or those of the S3 server or small disk."""
+    """The faults to draw from. The default depends on `storage`: those of the S3 server, those of
+    the small disk, or all others."""
     rounds: int = 1000
     """Largest number of rounds."""
 
@@ -132,7 +134,7 @@ class Round:
     seconds: float = 0.0
     """Seconds of all commands, minus the seconds of a command without a fault."""
     redone: int = 0
-    """Number of epochs that were trained again after the fault; always 0 for other verbs."""
+    """Number of epochs that `train` trained again after the fault; 0 for other verbs."""
     problems: list[str] = field(default_factory=list)
     """Descriptions of the failed checks; empty if the round was survived."""
 
@@ -143,7 +145,7 @@ class TestBed:
     def __init__(self, folder: Path, bucket: str) -> None:
         self.folder, self.log = folder, (folder / "output.log").open("ab")
         self.bucket = bucket
-        """Format string from a name in the bucket to its URI; empty if files are local."""
+        """Format string that makes a URI of a name in the bucket; empty if there is no bucket."""
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20},
@@ -204,18 +206,18 @@ class TestBed:
         return [sys.executable, "-m", "ser_ray", work, *flags[work], *address]
 
     def location(self, path: Path) -> str:
-        """Return where the commands write what belongs at a path of the folder."""
+        """Return a path in the folder or, if there is a bucket, the URI for it in the bucket."""
         name = str(path.relative_to(self.folder))
         return self.bucket.format(name) if self.bucket else str(path)
 
     def fetch(self, target: Path) -> None:
-        """Copy what a command wrote into the bucket to its place in the folder."""
+        """Copy the files of a command from the bucket, if there is one, to their local folder."""
         if self.bucket:
             filesystem, path = filesystem_of(self.location(target))
             fs.copy_files(path, str(target), source_filesystem=filesystem)
 
     def start_driver(self, work: str, target: Path, number: int) -> tuple[psutil.Popen, Path]:
-        """Start the driver of a command. Return it, and the file of its messages."""
+        """Start the driver of a command. Return the driver, and the file with its messages."""
         target.mkdir(parents=True, exist_ok=True)
         output, errors = target / f"output-{number}", target / f"errors-{number}"
         with output.open("wb") as out, errors.open("wb") as err:
@@ -274,7 +276,7 @@ def small_corpus(folder: Path) -> Path:
 
 
 def result(work: str, target: Path) -> Any:
-    """Return those results of a verb that must not depend on faults."""
+    """Return the results of a verb that must be the same with and without a fault."""
     if work == "prepare":
         folder = target / "shards"
         return {
@@ -354,7 +356,7 @@ def stopped(processes: list[psutil.Process]) -> Iterator[None]:
 
 
 def inject(bed: TestBed, current: Round, driver: psutil.Popen, rng: random.Random) -> bool:
-    """Inject the fault of the round. Return whether its target still ran."""
+    """Inject the fault of the round. Return False if its target had already ended."""
     how, _, whom = current.fault.rpartition(" ")
     if current.fault in AROUND:
         AROUND[current.fault](bed, rng)
@@ -393,7 +395,7 @@ def kill_raylet(bed: TestBed, rng: random.Random) -> None:
 
 
 def preempt_node(bed: TestBed, rng: random.Random) -> None:
-    """Announce that a node will be taken away, and kill it after the notice."""
+    """Announce that a node will be preempted, and kill the node after PAUSE seconds."""
     node = rng.choice(bed.nodes)
     bed.nodes.remove(node)
     subprocess.run(
@@ -415,14 +417,14 @@ def kill_server(bed: TestBed, rng: random.Random) -> None:
 
 
 def stop_server(bed: TestBed, rng: random.Random) -> None:
-    """Suspend the MLflow server for a while."""
+    """Suspend the MLflow server for PAUSE seconds."""
     assert bed.server is not None
     with stopped([bed.server, *bed.server.children(recursive=True)]):
         time.sleep(PAUSE)
 
 
 def set_s3_mode(bed: TestBed, mode: str) -> None:
-    """Let the S3 server refuse or delay all requests for a while."""
+    """Make the S3 server refuse or delay all requests for PAUSE seconds."""
     (bed.folder / MODE).write_text(mode)
     time.sleep(PAUSE)
     (bed.folder / MODE).write_text("")
@@ -449,14 +451,15 @@ AROUND: dict[str, Callable[[TestBed, random.Random], None]] = {
     "slow s3": lambda bed, rng: set_s3_mode(bed, "slow"),
     "full disk": fill_disk,
 }
-"""Faults that hit something other than one process of the command."""
+"""Faults that are more than one signal to one process."""
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """Run an S3 server with one bucket, and yield a format string from a name to its URI.
+    """Run an S3 server with one bucket, and yield the format string of its URIs.
 
-    The file MODE in the folder sets how the server answers: `refusing`, `slow`, or as usual.
+    The file MODE in the folder tells the server how to answer: `refusing`, `slow`, or, if it is
+    empty, as usual.
     """
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
@@ -497,7 +500,7 @@ def small_disk(folder: Path) -> Iterator[str]:
 
 
 def storage_of(bench: Bench, folder: Path) -> AbstractContextManager[str]:
-    """Return the storage, whose value is a format string for its URIs, or empty for a folder."""
+    """Return a context that provides the storage. It yields `TestBed.bucket`."""
     match bench.storage:
         case "s3":
             return s3_server(folder)
@@ -514,7 +517,7 @@ def run_round(bed: TestBed, current: Round, rng: random.Random) -> None:
     status, errors = run_with_fault(bed, current, rng, target)
     bed.replace_lost_nodes()
     bed.start_server()
-    while status and current.commands < MOST_COMMANDS:
+    while status and current.commands < MAX_COMMANDS:
         current.commands += 1
         driver, errors = bed.start_driver(current.work, target, current.commands)
         status = wait_for_driver(current, driver)
@@ -590,8 +593,8 @@ def check(bed: TestBed, current: Round, target: Path) -> None:
 def written_files(target: Path) -> set[str]:
     """Return the names of the files that a verb wrote, with `DATE` in place of dates.
 
-    Ray Tune's snapshots have the date of the start in their names. Files of this benchmark are left
-    out, and so are `error.txt` and `error.pkl`, which say why an attempt failed.
+    The names of Ray Tune's snapshots contain the date of the start. The files of this benchmark are
+    left out, and so are `error.txt` and `error.pkl`, in which Ray Tune says why an attempt failed.
     """
     return {
         re.sub(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", "DATE", str(path.relative_to(target)))
@@ -653,7 +656,7 @@ def table(log: Path) -> str:
 
 
 def main(bench: Bench) -> None:
-    """Run rounds for `minutes`, and print the table of all logged rounds."""
+    """Run rounds, and print the table of all logged rounds."""
     bench.log.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     faults = bench.faults or STORAGE_FAULTS[bench.storage] or FAULTS
@@ -667,7 +670,7 @@ def main(bench: Bench) -> None:
 
 
 def run_rounds(bench: Bench, faults: Sequence[str], bed: TestBed) -> bool:
-    """Run rounds for `minutes`, and return whether a round was not survived."""
+    """Run rounds until `minutes` or `rounds` is reached; return whether one was not survived."""
     ends = time.monotonic() + 60 * bench.minutes
     has_failed = False
     try:
@@ -675,7 +678,8 @@ def run_rounds(bench: Bench, faults: Sequence[str], bed: TestBed) -> bool:
         for number in range(bench.rounds):
             rng = random.Random(f"{bench.seed}-{number}")
             work, fault = rng.choice(bench.work), rng.choice(faults)
-            share = rng.uniform(0.2, 0.8 if "worker" in fault else 1.0)  # workers end first
+            # Workers end before their driver.
+            share = rng.uniform(0.2, 0.8 if "worker" in fault else 1.0)
             if time.monotonic() > ends:
                 break
             bed.run_without_fault(work)

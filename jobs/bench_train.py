@@ -10,19 +10,20 @@
 - ours_ddp, bare_ddp: ours and bare with several workers. The workers of bare_ddp are plain
   processes that use gloo or, with `--device gpu`, NCCL and one GPU each;
 - ingest: ours with `--ingest stream`, which reads the training clips again in every epoch;
-- stream: as in Ray's examples, `iter_torch_batches` over a dataset of Ray Data in every epoch.
+- stream: a loop as in Ray's examples, which calls `iter_torch_batches` on a dataset of Ray Data in
+  every epoch.
 
-Each way runs in a new Python process. As with `ser-ray`, the processes of our ways get huge pages
-of memory where these help, and collect garbage rarely (`ser_ray.cli.start`).
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before the command gives huge pages to the other ways too.
+Each way runs in a new Python process. Our ways (ours..., ingest) get huge pages of memory and rare
+garbage collections, as `ser-ray` does (`ser_ray.cli.start`). To give huge pages to the other ways
+too, put `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before the command.
 
 Clips per second are those of the training steps after the first epoch, so the start and the warm-up
 change only the seconds to the first step. `outside` is the share of these epochs that is spent
-neither in training steps nor in validation. `processes` is the number of further processes, counted
-ten times per second. Our ways record their runs in one MLflow database, which is made before the
-measurements; the first training of a project makes it itself, and takes longer by the seconds that
-the first line gives. A way that is named several times is measured several times, and its mean
-counts in the ratios. Workers on several nodes are not measured.
+neither in training steps nor in validation. `processes` is the number of processes that the way
+started, as far as they live for a tenth of a second. Our ways record their runs in one MLflow
+database, which is made before the measurements. The first training of a project makes this database
+itself, which takes as long as the first line says. A way that is named several times is measured
+several times, and the ratios use its means. Workers on several nodes are not measured.
 """
 
 import json
@@ -47,7 +48,7 @@ from ser_ray.cli import start
 from ser_ray.training.recipe import TrainConfig
 
 NOT_OURS = ("bare", "ray", "bare_ddp", "stream")
-"""The ways with a loop of their own. All others train with `ser_ray`."""
+"""The ways that do not train with `ser_ray` but with a loop of this file."""
 RATIOS = (
     ("ours", "bare"),
     ("ours_on_ray", "ray"),
@@ -99,7 +100,7 @@ def ours(
     ingest: Literal["resident", "stream"] = "resident",
     address: str = "",
 ) -> Timing:
-    """Train as users do."""
+    """Train with `ser_ray`, as users do."""
     from ser_ray.distributed.run_config import RunConfig
     from ser_ray.distributed.train import train
 
@@ -138,7 +139,7 @@ def epoch_size(bench: Bench) -> tuple[int, int]:
 
 
 def bare(bench: Bench, started: float, workers: int = 1) -> Timing:
-    """Train in this process, or in several that use gloo, or NCCL on GPUs."""
+    """Train with the bare loop in this process or, with several workers, in new processes."""
     import torch
 
     torch.set_num_threads(num_threads(workers))
@@ -422,7 +423,7 @@ def main(bench: Bench) -> None:
 
 
 def make_store(uri: str) -> float:
-    """Make an MLflow database, and return the seconds that it took, without imports."""
+    """Make an MLflow database. Return the seconds that this took, without those of imports."""
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - slow to import
 
     from ser_ray.tracking.store import connect

@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status.
 
     The status is 0 for success, 2 for an error that the user or the machine caused, 130 for Ctrl-C,
-    143 for SIGTERM, 129 for SIGHUP, and 1 if the reader of the output closed the pipe. After Ctrl-C
-    while demo-ui serves its page, it is 0.
+    143 for SIGTERM, 129 for SIGHUP, and 1 if the reader of the output closed the pipe. Ctrl-C is
+    the usual way to stop demo-ui, so the status is then 0.
     """
     make_output_safe()
     logger, handler = logging.getLogger("ser_ray"), LineHandler()
@@ -80,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_unwritten()
         return 1
     except OSError as error:
-        is_of_bucket = type(error) is OSError and error.errno is None  # as pyarrow raises them
-        if error.errno not in MACHINE_ERRORS and not is_of_bucket:
+        # pyarrow raises such errors if a bucket cannot be read or written.
+        is_from_bucket = type(error) is OSError and error.errno is None
+        if error.errno not in MACHINE_ERRORS and not is_from_bucket:
             raise
         _discard_unwritten()
         file = f"{error.filename}: " if error.filename else ""

@@ -1,9 +1,10 @@
-"""The entry point of `ser-ray`, which sets up Python: huge pages of memory, and rare collections.
+"""Starts `ser-ray` with huge pages of memory and with fewer garbage collections.
 
 A training step on CPUs passes over all weights, gradients and optimiser states several times. On a
-virtual machine with pages of 4 KiB, the translation of addresses takes about half of this time (see
+virtual machine with pages of 4 KiB, translating addresses takes about half of this time (see
 "Speed" in jobs/README.md). glibc requests transparent huge pages only if GLIBC_TUNABLES says so
-when the process starts. All later processes, such as those of a local Ray, inherit the variable.
+when the process starts. Where huge pages help, `main` sets this variable and starts Python again.
+Child processes, such as those of a local Ray, inherit the variable.
 """
 
 import gc
@@ -26,16 +27,16 @@ def main() -> int:
     from ser_ray.cli.main import main  # slow to import, so only after the restart
 
     status = main()
-    # At its end, Python would look for cycles in all modules once more, for more than a second.
+    # Otherwise Python would collect garbage once more at exit, which takes more than a second.
     gc.freeze()
     return status
 
 
 def collect_rarely() -> None:
-    """Make Python look for unreachable cycles of objects after more allocations than by default.
+    """Make Python collect garbage less often than by default.
 
-    Importing torch and MLflow makes a million objects that stay. With Python's default thresholds,
-    a seventh of the time of these imports is spent looking at them again and again.
+    Importing torch and MLflow creates a million objects that stay. With Python's default
+    thresholds, scanning them again and again takes a seventh of the time of these imports.
     """
     gc.set_threshold(100_000, 50)
 

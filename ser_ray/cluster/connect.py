@@ -19,7 +19,13 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 """Environment variable with the lowest severity of messages that Ray's C++ code writes."""
 CONNECT_SECONDS = 5.0
-"""Longest wait for the connection to a cluster. Ray itself retries a refused port for minutes."""
+"""Longest wait for the connection to a cluster, and for its first answer. Ray itself retries for
+minutes if a port is refused or does not answer."""
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""First bytes from a client of HTTP/2, which gRPC uses (RFC 9113, 3.4): an empty SETTINGS frame."""
+FRAME_HEADER, SETTINGS = 9, 4
+"""Bytes in the header of a frame, and the type of the first frame of a server; the type is the
+fourth byte."""
 
 _is_started_here = False
 
@@ -43,7 +49,7 @@ def is_connected() -> bool:
 
 
 def is_started_here() -> bool:
-    """Return whether this process is connected to a Ray that it started itself (`cluster`)."""
+    """Return whether this process is connected to a Ray that `cluster` started on this machine."""
     return _is_started_here
 
 
@@ -69,8 +75,8 @@ def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None
 
     Args:
         address: address of the cluster.
-        has_actor_pool: whether Ray Data uses a pool of actors in the block. Ray's C++ code logs a
-            harmless error about such pools. Therefore all errors of the C++ code are then hidden.
+        has_actor_pool: whether Ray Data uses a pool of actors in the block. If so, the errors that
+            Ray's C++ code logs are hidden, because it logs a harmless error about such pools.
 
     Raises:
         ResourcesError: no cluster at the address can be joined, the address has the wrong form, Ray
@@ -141,7 +147,7 @@ def _init(address: str, source: str, folder: str | None, log_level: str) -> None
             f"use only this machine, leave out {source}"
         ) from error
     except Exception as error:
-        # If its start takes more than 30 s, Ray raises a plain Exception.
+        # Ray raises a plain Exception if it has not started after 30 s.
         if type(error) is not Exception:
             raise
         raise _start_error(error) from error
@@ -179,13 +185,13 @@ def _start_error(error: Exception) -> ResourcesError:
 
 
 def _require_listener(address: str, source: str) -> None:
-    """Check that a server accepts a connection at the address of a cluster within CONNECT_SECONDS.
+    """Check that a gRPC server answers at the address of a cluster.
 
-    The address `auto` is not checked.
+    The address `auto` is not checked. With RAY_USE_TLS, only the connection is checked.
 
     Raises:
         ResourcesError: the address has the wrong form.
-        OSError: no server listens, or the host name is unknown.
+        OSError: no server listens or answers, or the host name is unknown.
     """
     if address == "auto":
         return
@@ -202,4 +208,9 @@ def _require_listener(address: str, source: str) -> None:
         host, port = None, None
     if not host or not port:
         raise ResourcesError(f"{source} is {address}: it must be HOST:PORT, such as 10.0.0.1:6379")
-    socket.create_connection((host, port), CONNECT_SECONDS).close()
+    with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        connection.sendall(HTTP2_GREETING)
+        if connection.recv(FRAME_HEADER)[3:4] != bytes([SETTINGS]):
+            raise ConnectionError("what answers is not Ray")

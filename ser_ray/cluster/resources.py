@@ -17,8 +17,8 @@ AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # n
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
     """Check that there are enough CPUs and GPUs for all workers.
 
-    They must be on the cluster or, without Ray, on this machine. The CPUs and GPUs of nodes that
-    the autoscaler may add count too.
+    Without Ray, this machine must have them. With Ray, the cluster must have them, including the
+    nodes that its autoscaler may add.
 
     Args:
         workers: number of workers that run at the same time.
@@ -64,7 +64,7 @@ def max_resources() -> dict[str, float]:
 
 
 def max_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node of the cluster, and of nodes that the autoscaler may add.
+    """Return the resources of each node that the cluster has or that its autoscaler may add.
 
     If this process is not connected to Ray, this machine is the only node.
     """
@@ -91,9 +91,8 @@ def autoscaled_types() -> dict[str, dict[str, Any]]:
 
     if is_started_here() or not AUTOSCALER_CONFIG.exists():
         return {}
-    types: dict[str, dict[str, Any]] = yaml.safe_load(AUTOSCALER_CONFIG.read_text())[
-        "available_node_types"
-    ]
+    config = yaml.safe_load(AUTOSCALER_CONFIG.read_text())
+    types: dict[str, dict[str, Any]] = config["available_node_types"]
     return types
 
 

@@ -29,7 +29,7 @@ from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.trainer import EpochReport
 
 ADDRESS = "127.0.0.1"
-"""Address of this machine in the names of its system metrics, as when Ray runs on one machine."""
+"""Name of this machine in its system metrics: the address that a local Ray gives its only node."""
 FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
 """Errors that the machine, its GPU or its storage may cause. CUDA raises RuntimeError."""
 RETRY_SECONDS = 5.0
@@ -43,9 +43,9 @@ def train_in_process(task: TrainingTask, on_epoch: OnEpoch, *, gpu: bool) -> Non
 
     Args:
         task: the training.
-        on_epoch: called with every epoch, first with those of earlier starts. After a failure, it
-            may be called again with the same epoch. For new epochs, it is called in the thread
-            that stores checkpoints. If it raises an error, the training ends.
+        on_epoch: called with every epoch, first with the epochs of the checkpoint to resume from.
+            After a failure, it may be called again with the same epoch. For new epochs, it is
+            called in the thread that stores checkpoints. If it raises an error, the training ends.
         gpu: whether to use a GPU.
 
     Raises:
@@ -122,11 +122,12 @@ class LocalReporter:
         self._writing = self._writer.submit(self._store, make_snapshot(), epoch)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is stored. Errors of the other thread are raised here.
+        """Wait until the last checkpoint is stored. If the other thread failed, raise its error.
 
         Raises:
             LockLostError: another process has taken over the folder.
             OSError: the checkpoint could not be stored.
+            Exception: the error that `on_epoch` raised.
         """
         if self._writing is not None:
             self._writing.result()

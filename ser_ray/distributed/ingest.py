@@ -1,9 +1,9 @@
 """Decides whether training clips stay in memory or are streamed, and reads streams in advance.
 
-A stream is read in windows, each with the clips of several steps. If the training runs in this
-process, threads read the windows. If it runs on Ray, tasks of Ray Data read them on any node. Ray
-Data keeps the windows in order, reads ahead as far as memory allows, and reads a window again if
-its node was lost.
+A stream is read in windows, each with the clips of several steps. Without Ray, threads of the
+training's process read the windows. On Ray, tasks of Ray Data read them on any node. Ray Data keeps
+the windows in order, reads ahead as far as memory allows, and reads a window again if its node was
+lost.
 
 Ray Data is not used to split or shuffle the clips. `get_dataset_shard` gives a worker the block
 that is ready first, so an epoch could neither be repeated nor resumed in its middle. It also drops
@@ -11,8 +11,8 @@ rows to give all workers the same number. A local shuffle yields short batches i
 makes data-parallel workers wait for each other forever (ray issue 66085).
 
 On two busy cores, Ray Data took 15 s to deliver its first window. Therefore Ray Data starts once
-per training, not once per epoch, and the next epoch is read during validation. Both functions that
-read a stream are a `ser_ray.training.streaming.Fetch`.
+per training, not once per epoch, and the next epoch is read during validation. `fetch_by_threads`
+and `fetch_by_ray` are both a `ser_ray.training.streaming.Fetch`.
 """
 
 from collections import deque

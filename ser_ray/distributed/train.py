@@ -33,7 +33,7 @@ from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
-from ser_ray.storage.paths import absolute, location_inside, short_digest
+from ser_ray.storage.paths import absolute, location_inside, require_temporary_space, short_digest
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.run_metadata import run_tags
 from ser_ray.tracking.store import require_server, resolve_uri
@@ -112,6 +112,7 @@ def train(
     require_workers_fit(recipe, len(parts.train), run.worker_range[1])
     folder = RunFolder(absolute(run.storage), run.name or run_name(recipe, shards))
     require_server(run.tracking_uri)
+    require_temporary_space()
     with folder.lock():
         folder.require_same(identity_of(recipe, shards))
         if not folder.record().get("delivered"):

@@ -28,12 +28,12 @@ GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
 """Columns whose values define groups of clips that are also scored. A column is left out if the
 corpus lacks it or a value is missing."""
 CLIP_COLUMNS = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
-"""Columns of the shard set that a table of predictions also has, if the shard set has them."""
+"""Columns that a table of predictions copies from the shard set, if the shard set has them."""
 NUM_HARDEST = 12
 """Number of the hardest clips that a page shows."""
 NOT_IN_METRIC_NAME = r"[^\w.\- ]"
-"""What is replaced in a part of a metric's name: the characters that MLflow forbids, and the slash,
-which separates the parts."""
+"""Characters that are replaced in a part of a metric's name: those that MLflow forbids, and the
+slash, which separates the parts."""
 SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
 """{name in `Scores.to_dict` and `Intervals`: title} of the scores that have intervals."""
 
@@ -51,8 +51,8 @@ class Evaluation:
     corpus: str
     """The kind of corpus that was scored (`ser_ray.corpus.words.CORPORA`)."""
     is_own_test: bool
-    """Whether this is the test part of the model's own fold. Of the scores of `ser_ray.evaluate`,
-    only these are recorded in the training's MLflow run."""
+    """Whether this is the test part of the model's own fold. `ser_ray.evaluate` records only the
+    scores of such parts in the training's MLflow run."""
     seen_speakers: tuple[str, ...]
     """Scored speakers that the model was trained or validated on, if the user allowed them."""
     predictions: pa.Table
@@ -160,7 +160,7 @@ class Evaluation:
 
     @cached_property
     def groups(self) -> dict[str, list[Row]]:
-        """{column: a row for each of its values}, for several corpora and the columns `GROUPS`."""
+        """{column: a row for each of its values}, for `corpus` and the columns in `GROUPS`."""
         groups = {"corpus": self.corpus_rows} if self.corpus_rows else {}
         for name in GROUPS:
             if name in self.predictions.schema.names and not self.predictions[name].null_count:
@@ -185,11 +185,11 @@ class Evaluation:
     @property
     def corpus_lines(self) -> list[str]:
         """A line with the scores of each corpus; empty if the clips are of one corpus."""
+        rows = self.corpus_rows if len(self.corpus_rows) > 1 else []
         return [
             f"  {row['corpus']:14} UA {row['ua']:6.1%} [{row['ua_low']:.1%}, "
             f"{row['ua_high']:.1%}], WA {row['wa']:6.1%}, {row['clips']} clips"
-            for row in self.corpus_rows
-            if len(self.corpus_rows) > 1
+            for row in rows
         ]
 
     @property

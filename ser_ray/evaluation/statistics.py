@@ -49,8 +49,8 @@ def bootstrap(
     Args:
         speakers: speaker in every row [rows].
         clips: name of the clip in every row [rows].
-        truth: label indices [rows].
-        predicted: label indices [rows].
+        truth: index of the true label in every row [rows].
+        predicted: index of the predicted label in every row [rows].
         num_labels: number of labels.
         seeds: seed of the training that scored each row [rows], if several scored the same clips.
             A score is then the mean over the seeds, and the same speakers are drawn for all seeds.
@@ -106,11 +106,12 @@ class Comparison:
     only_first_right: int
     only_second_right: int
     mcnemar_p: float
-    """p value of the exact McNemar test of equal WA. It is too small, because the test assumes
-    independent clips."""
+    """p value of the exact McNemar test of equal WA. The test assumes independent clips, but the
+    clips of one speaker are similar, so the value is too small."""
     ua_difference: float
     ua_interval: Interval
-    """Interval of the UA difference, by bootstrap over the same draws of speakers for both."""
+    """Interval of the UA difference. In each draw of the bootstrap, both models have the same
+    speakers."""
     drawn: str
     """What was resampled: `speakers`, or `clips` if there is only one speaker."""
     count: int

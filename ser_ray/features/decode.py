@@ -1,11 +1,11 @@
 """Decodes clips: the bytes of a file become mono samples.
 
-The first bytes of a file determine its format; an ID3 tag before them is skipped, and its name is
-ignored. soundfile reads wavs whose header declares a valid length, and the samples of a 16-bit mono
-wav stay unchanged. PyAV reads all other files, and only the audio packets of a video. If one
-library cannot read a file, the other is tried. No file is trusted. The length is limited before and
-while samples are read. Playlists are refused, because they can name other files. Every failure
-except a lack of memory is a `ClipError` that says why.
+The format of a file follows from its first bytes after any ID3 tag, not from its name. soundfile
+reads wavs whose header declares a valid length, and the samples of a 16-bit mono wav stay
+unchanged. PyAV reads all other files, and decodes only the audio of videos. If one library cannot
+read a file, the other is tried. Files that are too long are refused before or while their samples
+are read. Playlists are refused, because they can name other files. Every failure except a lack of
+memory is a `ClipError` that says why.
 
 One rule holds for damage in all formats: sound that can be decoded is used, lost sound is counted
 in seconds (`Sound.lost_seconds`), and a clip that lost more than half of its sound is refused. If
@@ -41,30 +41,29 @@ from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER, as_utf8, filesystem_of
 
 MAX_RECORDING_SECONDS = 3600.0
-"""By default, longer files are `too_long`, because they may not fit into a worker's memory."""
+"""By default, longer files are refused, because they may not fit into a worker's memory."""
 UNKNOWN_LENGTH = 0x7FFFF000
 """Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
 W64 = "<4s12xQ"
 CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"riff": W64}
-"""`struct` format of the name and size of a chunk, by the first bytes of a wav. In W64, the size
-includes the name and the size itself."""
+"""`struct` format of a chunk's header, its name and size, by the first bytes of a wav. In W64, the
+size includes the header."""
 VOC = b"Creative Voice File"
 PRINTABLE = frozenset(range(32, 127))
-"""Bytes of which the name of a chunk consists."""
+"""Bytes that the name of a chunk may contain."""
 TAGS = (b"TAG", b"APET", b"ID3")
 """First bytes of the tags that some programs attach to the end of any file."""
 MAX_CHUNKS = 100
-"""Largest number of chunks of a wav that are searched for samples; real files have fewer than
-ten."""
+"""At most this many chunks of a wav are searched for samples. Real files have fewer than ten."""
 ASF, ASF_PROPERTIES = b"\x30\x26\xb2\x75", b"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11"
 EBML, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-"""First bytes of ASF and Matroska files, and of the parts that declare the size of the file."""
+"""First bytes of ASF and Matroska files, and of the part of each that declares the file's size."""
 MAX_JOINED_BYTES = 1 << 28
 """Samples in several chunks are joined in memory if they have at most this many bytes."""
 FRAME_COUNTS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
-"""Tables in the first frame of an mp3: {name: position of the number of frames in the table}."""
+"""Tables that the first frame of an mp3 may have: {name: position of the number of frames}."""
 HEAD_BYTES = 4096
-"""Number of bytes of an mp3, ASF or Matroska file that are searched for its declared length."""
+"""This many bytes of an mp3, ASF or Matroska file are searched for its declared length."""
 SMALL_FILE = 1 << 21
 """A file in a bucket with up to this many bytes (20 s of 16-bit mono at 48 kHz) is fetched with one
 request."""
@@ -78,7 +77,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = MAX_RECORDING_SECONDS) 
 
     Args:
         file: a path or URI, or a seekable binary stream.
-        max_seconds: longer clips are `too_long`; no more than this is decoded.
+        max_seconds: longer clips are `too_long`.
 
     Returns:
         One channel (`to_mono`): float32 with full scale ±1, or int16 if soundfile reads 16-bit mono
@@ -93,7 +92,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = MAX_RECORDING_SECONDS) 
         return _decode_stream(file, max_seconds)
     except (ClipError, MemoryError):
         raise
-    except ConfigError as error:  # no filesystem can open this URI
+    except ConfigError as error:  # no filesystem opens the URI, or it has a password
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
         # If the folder is missing too, a disk may not be mounted. Otherwise the clip was deleted.
@@ -166,7 +165,7 @@ def _checked(found: Decoded, missing_share: float) -> Sound:
     """Return the sound of a clip with its loss.
 
     Raises:
-        ClipError: the clip has no samples, or lost more than half of them.
+        ClipError: the clip has no samples, lost more than half of them, or has impossible samples.
     """
     samples, sample_rate, lost, decoded = found
     if (missing := decoded * missing_share) > MISSING_SECONDS:
@@ -223,7 +222,8 @@ def _tag_bytes(file: BinaryIO) -> int:
 
 
 class _AfterTag(io.RawIOBase):
-    """The file after a tag, because most formats are recognised by the first bytes of a file."""
+    """A view of a file without its tag, because libraries recognise most formats by the first
+    bytes."""
 
     def __init__(self, file: BinaryIO, start: int) -> None:
         self._file, self._start = file, start
@@ -251,7 +251,7 @@ class _Chunk(NamedTuple):
     start: int
     """Position of the first byte of samples."""
     declared: int
-    """Number of bytes that the header declares; `held` if the header declares no length."""
+    """Number of bytes that the header declares; at least `held` if it is UNKNOWN_LENGTH or more."""
     held: int
     """Number of these bytes that are in the file."""
 
@@ -260,13 +260,15 @@ def _sample_chunks(wav: BinaryIO, layout: str) -> tuple[BinaryIO | None, float, 
     """Find the samples of a wav.
 
     soundfile does not report missing bytes, so they are counted here. A length of UNKNOWN_LENGTH
-    or more means "until the end of the file", and counts as valid. Other headers that a recorder
-    did not complete have an invalid length: 0, or a length after which no chunk begins.
+    or more means "until the end of the file", and counts as valid. If a recorder was interrupted,
+    the length may be invalid: 0, or a length after which no chunk begins.
 
     Returns:
-        A copy of the wav with its samples in one chunk, or None if no copy is needed or the copy
-        would be too large; the number of missing sample bytes, divided by the number of sample
-        bytes that are in the file; and whether the declared length is valid.
+        joined: a copy of the wav with its samples in one chunk. It is None if the wav has only one
+            chunk of samples, the copy would be too large, or the format is W64.
+        missing_share: number of declared sample bytes that cannot be read, divided by the number
+            that can. Without a copy, libraries read only the first chunk.
+        has_length: whether the declared length is valid.
     """
     chunks, has_length = _find_chunks(wav, layout)
     declared = sum(chunk.declared for chunk in chunks)
@@ -300,7 +302,7 @@ def _find_chunks(wav: BinaryIO, layout: str) -> tuple[list[_Chunk], bool]:
         elif found and header.startswith(TAGS):
             return found, True
         elif found and not (PRINTABLE.issuperset(name) and start + size <= end):
-            return found, is_after
+            return found, is_after  # valid if a chunk followed the samples
         elif name == b"ds64":  # of RF64: the sizes of the file and of the samples
             long_size = int.from_bytes(wav.read(16)[8:], "little")
         is_after = bool(found) and name != b"data"
@@ -309,7 +311,7 @@ def _find_chunks(wav: BinaryIO, layout: str) -> tuple[list[_Chunk], bool]:
 
 
 def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
-    """Copy a wav with its samples in one chunk, because libraries read only one."""
+    """Copy a wav with its samples in one chunk, because libraries read only the first chunk."""
     wav.seek(0)
     head = wav.read(chunks[0].start - 4)
     samples = []
@@ -321,13 +323,11 @@ def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
 
 
 def _missing_share(file: BinaryIO) -> float:
-    """Return the number of missing bytes at the end of a file, divided by the bytes before them.
+    """Return the ratio of missing to present bytes of a Matroska, ASF or VOC file.
 
-    The file is a Matroska, ASF or VOC file.
-
-    The length in seconds that Matroska and ASF declare is not used. It is that of the longest
-    stream, and FFmpeg replaces it if bytes are missing. The result is negative if bytes are
-    attached to the file.
+    The result is 0 if the file declares no size, and negative if data is attached to its end. Sizes
+    are compared because the declared length in seconds is that of the longest stream, and FFmpeg
+    replaces it if bytes are missing.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -359,7 +359,7 @@ def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decode
     """Decode with soundfile; return None for a file that it cannot read."""
     try:
         with soundfile.SoundFile(source) as sound:
-            if sound.format == "RAW":  # libsndfile used only the file's suffix
+            if sound.format == "RAW":  # libsndfile chose it by the file's name only
                 return None
             seconds = sound.frames / sound.samplerate
             require_shape(sound.channels, sound.samplerate)
@@ -374,5 +374,5 @@ def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decode
                 samples = np.concatenate(pieces)
             decoded = len(samples) / sound.samplerate
             return Decoded(samples, sound.samplerate, max(seconds - decoded, 0.0), decoded)
-    except (soundfile.LibsndfileError, TypeError):  # .raw causes a TypeError
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: the file is named .raw
         return None

@@ -1,7 +1,7 @@
 """Decodes videos and audio files with PyAV, which calls FFmpeg. `decode` uses this module for all
-files except the wavs that soundfile can read.
+files except the wavs that soundfile can read to the end.
 
-Only the audio packets of a file are read, and only the formats and codecs listed here are allowed.
+Only audio is decoded, and only the formats and codecs listed here are allowed.
 """
 
 import io
@@ -42,44 +42,45 @@ CODECS = (
     "pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,speex,truespeech,"
     "tta,vorbis,wavpack,wmalossless,wmapro,wmav1,wmav2,wmavoice"
 )
-"""FFmpeg's decoders that are allowed to run. None of them decodes pictures, because decoding
-the first picture takes 20 of the 22 ms in which a video with 720 lines is opened."""
+"""FFmpeg's decoders that are allowed to run. With a video decoder, FFmpeg would decode the first
+picture when it opens a file, which is 20 of the 22 ms that opening a 720p video would take."""
 GAP_SECONDS = 0.06
-"""A longer gap between the time stamps of two frames is filled with silence. Rounding and inexact
-clocks cause shorter gaps."""
+"""A longer gap between the end of a frame and the time stamp of the next frame is filled with
+silence. Rounding and inexact clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
 """Reading stops after this many errors in the container of a file."""
 EXACT_LENGTH = ("mp4", "aiff", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
-"""Formats whose header declares the exact length; FFmpeg estimates the length of other formats."""
+"""Formats whose header declares the exact length. For most other formats, FFmpeg estimates it."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs whose length is inexact even in the formats of EXACT_LENGTH, because the header counts
-packets."""
+packets, not samples."""
 PAUSES = "mp4"
-"""The format that stores time stamps separately from the sound. In this format, a gap always means
-that the recorder paused or left out packets. In other formats, the
-sound of a gap is lost if the file has unread bytes in its place."""
+"""The format that stores time stamps separately from the sound. In this format, a gap in the time
+stamps always means that the recorder paused or left out packets. In other formats, a gap is lost
+sound if the file has unread bytes there, that is, bytes between two packets of the stream."""
 UNREAD_SHARE = 0.5
-"""A gap counts as lost if the unread bytes are more than this share of the bytes that as many
-seconds of the file have on average."""
+"""The unread bytes are converted to seconds by the file's average number of bytes per second. A gap
+counts as lost sound if they make up more than this share of its length."""
 FROM_ZERO = ("mp4", "matroska")
 """Formats in which a clip begins at time stamp 0, even if its sound begins later. In other formats,
 a clip begins at the first time stamp of any stream."""
 UNTIMED = ("aac", "ac3", "eac3", "mp3")
-"""Formats without time stamps. A damaged packet may hold many frames, so its length is estimated
-from its size."""
+"""Formats without time stamps. A damaged packet may hold more frames than its duration says, so its
+length is also estimated from its size."""
 CHECKED = ("ape", "flac", "tta", "wavpack")
-"""Lossless codecs with checksums. By default, FFmpeg also returns frames with a wrong checksum. It
-is therefore told to return no damaged frames of these codecs."""
+"""Lossless codecs with checksums. By default, FFmpeg returns frames even if the checksum is wrong.
+The option `explode` makes this an error."""
 AMR_ZEROS = 0b10000011
 """Bits that are 0 in the first byte of every packet of AMR (RFC 4867, 5.3)."""
 ENCODER_SAMPLES = 2304
-"""Largest number of samples that an encoder adds at the ends of an mp3; decoders remove them."""
+"""Largest number of samples that an encoder adds at the start and end of an mp3. Decoders remove
+them."""
 OGG_PAGE_BYTES = 65_307
 """Size of the largest page of an ogg. The last packet is in the last page."""
 DURATION = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
-"""A tag that many programs write into Matroska files: the length of a stream."""
+"""The length of a stream, in a tag that many programs write into Matroska files."""
 OGG_HEADER = struct.Struct("<6xqI")
-"""Time stamp and stream number in the header of a page."""
+"""Time stamp and stream number in the header of an ogg page."""
 
 
 class UnsupportedError(Exception):
@@ -92,10 +93,10 @@ class UnsupportedError(Exception):
 def decode_with_ffmpeg(
     source: str | BinaryIO, max_seconds: float, *, ignore_length: bool, num_frames: int
 ) -> Decoded:
-    """Decode an audio stream with PyAV and skip the packets of all other streams.
+    """Decode one audio stream with PyAV, and skip the packets of all other streams.
 
-    As in players, the default stream is decoded, or else the first one. If all samples of a stream
-    are 0, the next stream is decoded instead.
+    As in players, this is the default stream, or else the first one. If all its samples are 0, the
+    next audio stream is decoded instead.
 
     Args:
         source: path or seekable stream.
@@ -147,9 +148,9 @@ class _Timeline:
         self.sample_rate, self.max_seconds = sample_rate, max_seconds
         self.num_samples = self.num_lost = 0
         self.unread_seconds = 0.0
-        """Seconds of sound for which there are unread bytes after the last gap."""
+        """The most unread bytes between two packets since the last gap, as seconds of sound."""
         self.begin = begin  # time stamp of sample 0
-        self._blocks: list[np.ndarray] = []  # [channels, num_samples], equally many channels
+        self._blocks: list[np.ndarray] = []  # [channels, num_samples], equal channels
         self._mixed: list[np.ndarray] = []  # [num_samples]
         self._num_mixed = 0
 
@@ -167,7 +168,7 @@ class _Timeline:
                 is_lost = self.num_samples > 0 and self.unread_seconds > UNREAD_SHARE * gap
                 self.append_silence(gap, is_lost=is_lost)
                 self.unread_seconds = 0.0
-            elif self.begin is None or abs(gap) > GAP_SECONDS:  # the time stamps start anew
+            elif self.begin is None or abs(gap) > GAP_SECONDS:  # first frame, or time stamps jump
                 self.begin = timestamp - now
         self._append(block)
 
@@ -204,14 +205,14 @@ class _Place:
     def __init__(self) -> None:
         self.num_packets = self.longest_gap = 0
         self.end = 1
-        """Number of bytes up to the end of the last packet."""
+        """Number of bytes up to the end of the last packet. It is a divisor, so it starts at 1."""
 
     def append(self, packet: "av.Packet[av.AudioStream]") -> int:
         """Append a packet, and return the number of bytes between it and the packet before it."""
         start = packet.pos or 0
         gap = max(start - self.end, 0) if self.num_packets else 0
         self.longest_gap = max(self.longest_gap, gap)
-        # Several packets may have the same position, which is that of their page.
+        # In an ogg, all packets of a page have the position of the page.
         self.end = max(self.end, start) + packet.size
         self.num_packets += packet.size > 0
         return gap
@@ -233,12 +234,12 @@ def _decode_packets(
     begin = 0.0 if any(known in name for known in FROM_ZERO) else start
     sound = _Timeline(stream.sample_rate, max_seconds, begin)
     checks = "crccheck+explode" if codec in CHECKED else "crccheck"
-    stream.codec_context.options = {"err_detect": checks}  # without checks, damage is loud noise
+    stream.codec_context.options = {"err_detect": checks}  # otherwise, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
     place, num_bytes, skipped = _Place(), 0, 0.0
     for packet in _packets(clip, stream):
         num_read, unread = place.end, place.append(packet)
-        if packet.is_corrupt:  # in MPEG transport streams, some packets before it are missing
+        if packet.is_corrupt:  # in MPEG transport streams: packets before it are missing
             unread = clip.size
         if PAUSES not in name:
             seconds = unread * sound.decoded_seconds / num_read
@@ -257,7 +258,7 @@ def _decode_packets(
             skipped = 0.0
         for frame in frames:
             _append_frame(sound, frame, to_float, is_pcm=codec.startswith("pcm"))
-    # A tag may follow the sound, so at most `GAP_SECONDS` of the skipped packets count as lost.
+    # The last damaged packets may be a tag after the sound, so at most GAP_SECONDS count as lost.
     sound.append_silence(min(skipped, GAP_SECONDS), is_lost=True)
     lost = sound.num_lost / sound.sample_rate
     lost += _lost_end_seconds(clip, stream, source, sound, place, num_frames)
@@ -272,7 +273,10 @@ def _lost_end_seconds(
     place: _Place,
     num_frames: int,
 ) -> float:
-    """Return how many seconds are missing after the last frame, by the header or the last page."""
+    """Return how many seconds are missing after the last frame.
+
+    The length is the one that the header declares, or the time stamp of the last page of an ogg.
+    """
     seconds, lost = sound.num_samples / sound.sample_rate, 0.0
     declared, last = _declared_seconds(clip, stream, num_frames), None
     is_single_ogg = clip.format.name == "ogg" and len(clip.streams) == 1
@@ -283,8 +287,9 @@ def _lost_end_seconds(
         lost = missing
     is_fragmented = PAUSES in clip.format.name and place.num_packets > stream.frames
     if is_fragmented or (is_single_ogg and last is None):
-        # FFmpeg stops at a damaged fragment of an mp4, and where an ogg changes its sample rate.
-        # The index of the fragments, or packets of other streams, may follow the last packet.
+        # FFmpeg stops at a damaged fragment of an mp4, and where the sample rate of a chained ogg
+        # changes, so the rest of the file is lost. But the index of the fragments or packets of
+        # other streams may also follow the last packet.
         allowed = _index_bytes(source) + 2 * place.longest_gap if is_fragmented else OGG_PAGE_BYTES
         if (unread := clip.size - place.end) > allowed:
             lost += sound.decoded_seconds * unread / place.end
@@ -300,7 +305,7 @@ def _index_bytes(source: str | BinaryIO) -> int:
 def _last_timestamp_of_ogg(source: str | BinaryIO) -> int | None:
     """Return the time stamp at the end of the last page, which may be incomplete (RFC 3533, 6).
 
-    The result is None if the last page belongs to another stream, as in a joined ogg.
+    The result is None if the last page belongs to another stream, as in a chained ogg.
     """
     with _opened(source) as file:
         file.seek(0)
@@ -345,7 +350,8 @@ def _append_frame(
 ) -> None:
     """Append a frame, or silence if damage made its samples impossible.
 
-    The samples of PCM may have another scale, so `silence_impossible` examines the whole clip.
+    PCM samples may have another scale. They are left to `silence_impossible`, which sees the whole
+    clip.
     """
     if not sound.num_samples:
         sound.sample_rate = frame.sample_rate  # AAC's header may declare half the rate
@@ -367,12 +373,12 @@ def _declared_seconds(
     if name == "avi" or (name == "caf" and codec.startswith("pcm")):
         # FFmpeg computes `duration` from the file's size, not from the header.
         return float(stream.frames * (stream.time_base or 0))
-    if name == "mp3":  # FFmpeg's duration is inexact if anything is attached
+    if name == "mp3":  # FFmpeg's duration is inexact if data follows the sound
         per_frame = 1152 if stream.sample_rate >= 32_000 else 576
         return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate
     if codec.startswith(ESTIMATED_CODECS) or not any(known in name for known in EXACT_LENGTH):
         return 0.0
-    if length := DURATION.fullmatch(stream.metadata.get("DURATION", "")):  # of Matroska
+    if length := DURATION.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska
         hours, minutes, seconds = map(float, length.groups())
         return 3600 * hours + 60 * minutes + seconds
     if stream.duration is not None and stream.time_base is not None:
@@ -390,5 +396,5 @@ def _packets(
             return
         except av.error.InvalidDataError:
             continue
-        except av.error.PatchWelcomeError:  # a joined ogg with another sample rate ends here
+        except av.error.PatchWelcomeError:  # the sample rate of a chained ogg changes
             return

@@ -11,10 +11,10 @@ import numpy as np
 from ser_ray.features.mel import POWER_FLOOR
 
 ENERGY_SECONDS = 0.01
-"""Length of a stretch. The power of a recording is measured in each stretch."""
+"""The power of a recording is measured in stretches of this length."""
 SILENCE_POWER = 1e-8
 """A recording is silent if fewer than `num_loud` stretches have at least this power, which is
--80 dB of full scale."""
+-80 dB relative to full scale."""
 STEADY_RATIO = 10**0.2
 """A recording has steady room noise if the 30th percentile of the stretches' power is less than
 this ratio (2 dB) above the 10th percentile. In 300 trimmed clips of RAVDESS, the difference is
@@ -28,16 +28,22 @@ Pink noise exceeds the percentile by up to 8 dB, and white noise at 48 kHz by up
 NOISE_SPREADS = 8.0
 """Between the limits of NOISE_MARGIN_DB, the margin in dB is this many times the difference between
 the 30th and the 10th percentile. The loudest stretch in 4 s of Gaussian noise exceeds the 10th
-percentile by 6 times the difference."""
+percentile by 6 times this difference."""
 LOUD_STRETCHES = 20
 """The level of a recording is that of its 20th loudest stretch, because clicks are shorter than
 0.2 s. With fewer than 400 stretches, the level is the 95th percentile."""
 RUMBLE_SHARE = 1 / 8
-"""Share of the power of rumble that counts as noise. With this share, `above_noise_db` is at most
-11 for rumble of up to 30 Hz without a voice. If a voice has as much power in its stretches as the
-rumble, `above_noise_db` is at least 12."""
+"""This share of the power of rumble counts as noise. With it, `above_noise_db` is at most 11 for
+rumble of up to 30 Hz without a voice, and at least 12 if a voice has as much power in its stretches
+as the rumble."""
+PERIOD_STRETCHES = 3
+"""These stretches contain a whole period of mains hum of 50 or 60 Hz. The hum of lamps is a short
+pulse in each period, so the stretches between the pulses are not its level."""
+HUM_SHARE = 0.7
+"""This share of the 10th percentile of the periods' power counts as noise. With it,
+`above_noise_db` is less than 12 for hum without a voice, and does not change for a clear voice."""
 BLOCK_STRETCHES = 10_000
-"""Number of stretches that are measured together, to save memory."""
+"""Stretches are measured in blocks of this many, to save memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +53,13 @@ class Loudness:
     stretch: int
     """Number of samples in a stretch."""
     power: np.ndarray
-    """Power of every stretch `[num_stretches]`; the last stretch is shorter and may be empty."""
+    """Power of each stretch `[num_stretches]`. The last stretch is shorter and may be empty."""
     threshold: float
     """A stretch with more power than this is sound."""
     above_noise_db: float
-    """Difference in level between the loud stretches and the noise, in dB. The noise is the power
-    of the quiet stretches, plus RUMBLE_SHARE of the power that rumble adds to a stretch."""
+    """Level of the recording (`num_loud`) above the noise, in dB. The noise is the 10th percentile
+    of the power, plus RUMBLE_SHARE of the power that rumble adds to a stretch. If HUM_SHARE of the
+    10th percentile of the periods' power is greater, that is the noise."""
 
     @property
     def is_silent(self) -> bool:
@@ -95,15 +102,20 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     if less_quiet < quiet * STEADY_RATIO and loudest > quiet * HEARD_RATIO:
         margin_db = np.clip(10 * NOISE_SPREADS * np.log10(less_quiet / quiet), *NOISE_MARGIN_DB)
         threshold = max(threshold, quiet * 10 ** (margin_db / 10))
-    # If the slope of a parabola changes by `c` from one stretch to the next, its power without the
-    # best-fitting line is c**2 / 720.
+    # Within a stretch, rumble is almost a parabola. If the second difference of the means is `c`, a
+    # parabola has a power of c**2 / 720 after the best-fitting line is subtracted.
     rumble = np.sort(np.diff(means, 2) ** 2 / 720)
-    noise = quiet + RUMBLE_SHARE * (rumble[-num_loud(len(rumble))] if len(rumble) else 0.0)
+    periods = np.convolve(power[:-1], np.full(PERIOD_STRETCHES, 1 / PERIOD_STRETCHES), "valid")
+    periods = np.sort(periods[periods > POWER_FLOOR / PERIOD_STRETCHES])
+    noise = max(
+        HUM_SHARE * periods[(len(periods) - 1) // 10],
+        quiet + RUMBLE_SHARE * (rumble[-num_loud(len(rumble))] if len(rumble) else 0.0),
+    )
     return Loudness(stretch, power, threshold, float(10 * np.log10(loud / noise)))
 
 
 def num_loud(num_stretches: int) -> int:
-    """Return how many stretches count as loud. The quietest of them defines the level."""
+    """Return how many stretches count as loud. The level is that of the quietest of them."""
     return min(max(num_stretches // 20, 1), LOUD_STRETCHES)
 
 

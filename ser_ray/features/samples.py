@@ -1,7 +1,6 @@
 """Checks decoded samples, mixes them to one channel, and cuts segments out of recordings.
 
-`decode` and `ffmpeg` use this module for all file formats. What counts as silent is decided in
-`loudness`.
+`decode` and `ffmpeg` use this module for all file formats.
 """
 
 from typing import NamedTuple
@@ -12,25 +11,27 @@ from ser_ray.features.errors import ClipError
 
 MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
-"""Accepted sample rates in hertz. Limits on rate, channels and seconds limit the memory."""
+"""Accepted sample rates in hertz. The limits on rate, channels and seconds bound the memory that a
+clip needs."""
 MAX_PEAK = 8.0
-"""If no float sample exceeds this value, full scale is ±1. The samples of a mix may exceed ±1."""
+"""If no float sample exceeds this value, full scale is ±1. It is more than 1, because mixed sound
+may exceed full scale."""
 INTEGER_PEAK = 2.0**15
 """Full scale of larger float samples, because some tools write 16-bit values as floats. Samples
 above this value are not sound."""
 MIN_INTEGER_SHARE = 0.01
-"""In a recording of 16-bit values, at least this share of the samples, without zeros, is larger
-than MAX_PEAK, and less than this share of the large samples is larger than INTEGER_PEAK."""
+"""Float samples count as 16-bit values if at least this share of those that are not 0 exceeds
+MAX_PEAK, and at most this share of these exceeds INTEGER_PEAK."""
 MAX_BETWEEN = 16
-"""If this many samples or fewer lie between two impossible samples, they are damaged too. Half of
-all random bits form possible samples."""
+"""If this many samples or fewer lie between two impossible samples, they are damaged too. Even of
+random bytes, half form possible samples."""
 MISSING_SECONDS = 0.25
 """The end of a file counts as lost if more than this many seconds of the declared length are
 missing. Smaller differences occur in undamaged files."""
 MIN_LOST_SECONDS = 0.01
 """Shorter losses are not reported."""
 SILENT_CHANNEL_RATIO = 1e-6
-"""A channel with less than this share of the loudest channel's power, -60 dB, is not mixed."""
+"""A channel with less than this share (-60 dB) of the loudest channel's power is not mixed."""
 MIX_SECONDS = 10.0
 """Recordings are mixed to one channel in pieces of this many seconds, to save memory."""
 
@@ -52,7 +53,7 @@ class Sound(NamedTuple):
         if self.lost_seconds < MIN_LOST_SECONDS:
             return None
         return (
-            f"at least {self.lost_seconds:.2f} s of it are lost: the file is damaged or incomplete"
+            f"at least {self.lost_seconds:.2f} s of the file are lost: it is damaged or incomplete"
         )
 
 
@@ -69,8 +70,9 @@ class Decoded(NamedTuple):
 def silence_impossible(sound: Decoded) -> Decoded:
     """Replace damaged float samples by silence, and count them as lost.
 
-    Damaged samples are not finite numbers, or too large, and so are the few samples between them.
-    If most samples are too large, their scale is unknown, and they are left to `to_full_scale`.
+    A sample is damaged if it is not finite, too large, or one of at most MAX_BETWEEN samples
+    between two such samples. If most samples are too large, their scale is unknown. Then only those
+    that are not finite are replaced, and `to_full_scale` scales or refuses the others.
     """
     samples, sample_rate, lost, decoded = sound
     if samples.dtype == np.int16 or is_possible(samples):
@@ -88,6 +90,7 @@ def silence_impossible(sound: Decoded) -> Decoded:
         is_damaged = ~(size <= MAX_PEAK)
     else:
         is_damaged = ~np.isfinite(size)
+    # Add the samples between two damaged samples that are close to each other.
     places = np.flatnonzero(is_damaged)
     is_close = np.diff(places) <= MAX_BETWEEN + 1
     steps = np.zeros(len(samples), np.int8)
@@ -101,7 +104,7 @@ def silence_impossible(sound: Decoded) -> Decoded:
 
 def is_possible(samples: np.ndarray) -> bool:
     """Return whether all float samples are finite and at most MAX_PEAK."""
-    # The largest and the smallest sample need no copy of the samples; both are NaN if one is NaN.
+    # `max` and `min` need no copy of the samples, as `np.abs` would. Both are NaN if a sample is.
     return not samples.size or bool(samples.max() <= MAX_PEAK and samples.min() >= -MAX_PEAK)
 
 
@@ -131,7 +134,7 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
         end: end of the segment in seconds; None for the end of the recording.
 
     Returns:
-        The segment, and a text about lost or missing sound, which is None if no sound is missing.
+        The segment, and a description of lost or missing sound; None if nothing is missing.
 
     Raises:
         ClipError: `beyond_end`, if less than half of the segment is inside the recording.
@@ -143,25 +146,25 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
     samples = sound.samples[first:last]
     missing = (last - first - len(samples)) / rate
     if not len(samples) or len(samples) / rate < missing:
-        until = "its end" if end is None else f"{end:.2f} s"
+        until = "the end" if end is None else f"{end:.2f} s"
         raise ClipError(
             "beyond_end",
             f"the segment is from {start:.2f} s to {until}, and the file ends at "
             f"{num_samples / rate:.2f} s",
         )
-    losses = [f"in its file, {sound.loss}"] if sound.loss else []
+    losses = [sound.loss] if sound.loss else []
     if missing >= MIN_LOST_SECONDS:
-        losses.append(f"{missing:.2f} s of it are after the end of the file")
+        losses.append(f"{missing:.2f} s of the segment are after the end of the file")
     return sound._replace(samples=samples), "; ".join(losses) or None
 
 
 def to_mono(channels: np.ndarray) -> np.ndarray:
     """Mix `[channels, num_samples]` to one channel, `[num_samples]`.
 
-    The result is the mean of the channels, without channels that are almost silent. If channels
-    have opposite phases, they cancel each other, and the result is the loudest channel instead.
-    This is assumed if the mean has less than half the power that a mean of unrelated channels has.
-    Constant offsets do not count as power.
+    The result is the mean of the channels, without channels that are almost silent. If the channels
+    cancel each other because their phases are opposite, the result is the loudest channel instead.
+    This is assumed if the mean has less than half the power that it would have if the channels were
+    unrelated. Constant offsets do not count as power.
     """
     with np.errstate(invalid="ignore", over="ignore"):  # `silence_impossible` finds these samples
         if len(channels) == 1 or not channels.size:

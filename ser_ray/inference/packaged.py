@@ -9,8 +9,8 @@ waveform   mono samples, floats in [-1, 1] or integers on the scale of int16; th
            `sample_rate` is their rate in hertz, by default 16000
 
 The output has a row for each recording with `emotion`, a probability for every label, `status`,
-`reason` and `warning`. The input columns of the signature have the type Any: with the type double,
-MLflow refuses integers, and with the type binary, it refuses rows that use different columns.
+`reason` and `warning`. In the signature, the input columns have the type Any, because MLflow
+refuses integers for the type double, and rows that use different columns for the type binary.
 MLflow reads no CSV for this signature, so requests are JSON or Parquet.
 """
 
@@ -37,7 +37,7 @@ _REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "a
 """The packages that every model needs."""
 
 KINDS = ("path", "audio", "waveform")
-"""The input columns of which a row has a value in one."""
+"""The input columns that can hold a recording. A row has a value in exactly one of them."""
 WAVEFORM_RATE = 16_000.0
 """Sample rate of a waveform in hertz if the row gives no rate."""
 ROW_FORMAT = (
@@ -137,9 +137,9 @@ def example_input() -> "pd.DataFrame":
 def _one_row_per_recording(rows: "pd.DataFrame") -> "pd.DataFrame":
     """Return a table with one row for each recording.
 
-    From a request with the key `inputs`, MLflow makes one row for a list of paths, and one row for
-    each number of a list: a sample of a waveform, or a byte of a file. A list of bytes is refused,
-    but with one answer.
+    If a request has the key `inputs`, MLflow puts a list of paths into one row, but makes a row of
+    each number in a list (a sample of a waveform, or a byte of a file). Here each path becomes a
+    row, and the numbers become one row. A list of bytes is refused later, with one answer for all.
     """
     kinds = [name for name in KINDS if name in rows and rows[name].notna().any()]
     if len(kinds) != 1:
@@ -167,7 +167,7 @@ def _is_list_of_files(cell: Any) -> bool:
 def _file_bytes(audio: Any) -> bytes:
     """Return a file's content, which is given as bytes, base64 or a data URI.
 
-    Base64 may be the variant for URLs, and may lack its padding.
+    The base64 may use the alphabet for URLs, and may lack padding.
 
     Raises:
         ClipError: the value has another form.

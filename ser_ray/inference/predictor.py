@@ -1,10 +1,10 @@
 """Predicts the emotion in recordings with a checkpoint.
 
 `RecordingReader` computes the features of a recording, or of the windows of a long recording.
-`predict_clips`, which also scores validation clips, computes their probabilities, and the mean over
-the windows becomes a `Prediction`. The batch pass, the packaged model and the demo page call
-`Predictor`. This module imports neither Ray nor MLflow nor torchvision, so that a first prediction
-takes little longer than importing torch.
+`predict_clips`, which also scores validation clips, computes the probabilities. They are then
+calibrated, and their mean over the windows becomes a `Prediction`. The batch pass, the packaged
+model and the demo page call `Predictor`. This module imports neither Ray nor MLflow nor
+torchvision, so that a first prediction takes little longer than importing torch.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ class Predictor:
 
     Args:
         checkpoint: directory of a checkpoint.
-        min_confidence: lowest probability of a predicted emotion. If all emotions of a recording
-            are less probable, its status is `unsure`, and it gets no emotion.
+        min_confidence: lowest probability of a predicted emotion. If every emotion of a recording
+            is less probable, its status is `unsure`, and it gets no emotion.
 
     Raises:
         CheckpointError: the checkpoint is missing or broken.
@@ -98,12 +98,12 @@ class Predictor:
         A recording that cannot be scored raises no error: its prediction gives the reason.
 
         Args:
-            audio: path or URI of an audio or video file, samples as for `predict_samples`, or a
-                sequence of these. A list of numbers holds samples.
+            audio: path or URI of an audio or video file, samples as for `predict_samples`, or an
+                iterable of these. A list of numbers holds samples.
             sample_rate: sample rate of the samples in hertz.
 
         Raises:
-            ConfigError: there are samples, but no sample rate; or `audio` is none of these.
+            ConfigError: `audio` has another type, or holds samples without a sample rate.
         """
         if isinstance(audio, str | bytes | os.PathLike):
             return self.predict_file(os.fsdecode(audio))
@@ -146,7 +146,7 @@ class Predictor:
         return [self._prediction(*pair) for pair in zip(recordings, by_recording, strict=True)]
 
     def _probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Compute calibrated probabilities, in the way in which validation clips are scored.
+        """Compute calibrated probabilities, as for the validation clips of the training.
 
         Args:
             features: for each clip, [bins, frames] float16, or the waveform for an encoder.
@@ -194,7 +194,7 @@ class Predictor:
             duration=recording.duration,
             timeline=tuple(
                 WindowPrediction(start=start, end=end, **self._most_probable(row))
-                # A recording that is scored as one clip has a row, but no windows.
+                # A recording that is scored as one clip has probabilities, but no windows.
                 for (start, end), row in zip(recording.windows, probabilities, strict=False)
             ),
             warning=recording.warning,
@@ -211,9 +211,9 @@ class Predictor:
 
 
 def _as_decoded(samples: np.ndarray, sample_rate: Any) -> np.ndarray:
-    """Convert samples of a user to the form that `decode` returns: float32 in [-1, 1] or int16.
+    """Convert a user's samples to the form that `decode` returns: float32 in [-1, 1] or int16.
 
-    Integers of any type are on the scale of int16, because JSON does not have int16.
+    Integers of every type are on the scale of int16, because JSON has no types of integers.
 
     Raises:
         ClipError: the samples are not one channel of numbers, are too large to be sound, or have a

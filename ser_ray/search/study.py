@@ -7,8 +7,8 @@ trials continue. The missing records are sent when the server answers again, or 
 command is run again.
 
 If the driver is killed, the next driver restores the records from Ray Tune's snapshot, in which the
-last result of a trial holds all its epochs. The next driver finds the MLflow run of a trial by a
-tag. When a study has ended, its records are written to `trials.json`.
+last result of a trial holds all its epochs. It finds the MLflow run of each trial by a tag. When a
+study has ended, its records are written to `trials.json`.
 """
 
 import logging
@@ -92,7 +92,8 @@ class Study(tune.Callback):
         self._delivered: set[str] = set()
         """Ids of the trials whose complete record is in MLflow."""
         self._lost_run_ids: list[str] = []
-        """Ids of MLflow runs whose trials are in no snapshot, because the driver was killed."""
+        """Ids of MLflow runs to close. Their trials are in no snapshot, because the driver was
+        killed before the next snapshot."""
         self._stop = Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
         stored = read_records(folder, setup.recipe)
@@ -209,16 +210,16 @@ class Study(tune.Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Delete the checkpoints of ended trials.
 
-        They are needed until Ray Tune has stored its last snapshot. In an earlier snapshot, such a
-        trial may still be running, so a restart would resume the trial from its checkpoint. If its
-        loop raises an error, Ray Tune calls this method without storing a last snapshot. A restart
-        may then train such a trial again from its beginning.
+        They are needed until Ray Tune has stored its last snapshot. If an earlier snapshot is
+        restored, a trial that has ended since then resumes from its checkpoint. If an error ends
+        Ray Tune's loop, there is no last snapshot, and a trial whose checkpoint was deleted may be
+        trained again from its beginning.
 
         Raises:
             LockLostError: another process has taken over the folder, and needs the checkpoints.
         """
         self.folder.check_lock()
-        self._open_records(trials)  # `on_step_begin` is not called if all restored trials ended
+        self._open_records(trials)  # `on_step_begin` is not called if all restored trials had ended
         for trial in trials:
             if self.records[trial.trial_id].ended and trial.checkpoint is not None:
                 self.folder.delete(trial.checkpoint.path.removeprefix(f"{self.folder.path}/"))

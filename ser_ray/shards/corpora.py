@@ -3,12 +3,12 @@
     shards = open_corpora(["ser-ray-out/emodb", "ser-ray-out/iemocap"], "common")
 
 The result has the interface of a `ShardSet`, so training and evaluation need not know whether they
-read one shard set or several. The column `corpus` has the name of a clip's corpus, which is
-usually the folder of its shard set. In the names of speakers and takes, the name of the corpus is
-a prefix, so that equal names in two corpora do not become one speaker or take. The shard sets of
-RAVDESS, such as its speech and its song, all have the prefix `ravdess`, because they have the same
-actors. The shard sets of the synthetic corpus have one prefix too. If all sets have the same
-prefix, the names do not change.
+read one shard set or several. The column `corpus` has the name of each clip's corpus, which is
+usually the folder of its shard set. The names of speakers and takes get the name of their corpus as
+a prefix, so that equal names in two corpora do not become one speaker or take. All shard sets of
+RAVDESS, such as its speech and its song, have the prefix `ravdess`, because they have the same
+actors. All shard sets of the synthetic corpus have the prefix `synthetic`. If all sets have the
+same prefix, the names do not change.
 """
 
 import hashlib
@@ -115,14 +115,14 @@ def open_corpora(
         locations: folder or URI of each set.
         label_map: how labels are mapped (`ser_ray.corpus.labels`).
         known: the corpora in the card of the model to evaluate. A set with the fingerprint of a
-            known corpus gets the name of this corpus and, if `label_map` is empty, its labels.
+            known corpus gets its name and, if `label_map` is empty, its mapping of labels.
         labels: the labels of the model to evaluate, if there is one.
 
     Raises:
         ShardsError: a location has no committed shard set, or a set cannot be read.
         ResourcesError: as for `open_shards`.
-        ConfigError: no location is given, or no filesystem can open one; two sets have clips with
-            the same sound, the same name or different features; or the label map cannot be read,
+        ConfigError: no location is given, or no filesystem can open one. Two sets have the same
+            name, different features, or clips with the same sound. The label map cannot be read,
             names unknown corpora or labels, or leaves no clip of a set.
     """
     given = [locations] if isinstance(locations, str | os.PathLike) else locations
@@ -141,7 +141,7 @@ def open_corpora(
         if maps[name] == {label: label for label in set_labels[name]}:
             return shards
     tables = {name: shards.clips() for name, shards in sets.items()}
-    _require_other_clips(tables)
+    _require_no_shared_clips(tables)
     found = {name: set(table["emotion"].unique().to_pylist()) for name, table in tables.items()}
     if label_map == COMMON:
         occurring = ({maps[name].get(label, "") for label in found[name]} for name in sets)
@@ -183,8 +183,8 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
     names = {corpus.fingerprint: corpus.name for corpus in known}
     kinds = {shards.card.corpus for shards in sets} - {"table"}
     named: dict[str, ShardSet] = {}
-    # Known corpora come first, so that the error asks to rename the folder of another corpus. The
-    # name of a known corpus does not depend on its folder.
+    # Known corpora come first, because the error asks to rename the folder of the later corpus, and
+    # the name of a known corpus does not depend on its folder.
     for shards in sorted(sets, key=lambda shards: shards.card.fingerprint not in names):
         name = names.get(shards.card.fingerprint, corpus_name(shards.uri))
         if name in named or (shards.card.corpus == "table" and name in kinds):
@@ -196,7 +196,7 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
     return dict(sorted(named.items()))
 
 
-def _require_other_clips(tables: Mapping[str, pa.Table]) -> None:
+def _require_no_shared_clips(tables: Mapping[str, pa.Table]) -> None:
     """Refuse sets that have clips with the same sound, because these would count twice."""
     for (first, clips), (second, others) in combinations(tables.items(), 2):
         is_shared = pc.is_in(others["content"], value_set=clips["content"].combine_chunks())
@@ -246,7 +246,7 @@ def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     shared = [item for item in cards[0].encoders if all(item in card.encoders for card in cards)]
     return ShardCard(
-        corpus="synthetic" if "synthetic" in kinds else kind,  # captions must name it
+        corpus="synthetic" if "synthetic" in kinds else kind,  # captions must say so
         source=", ".join(member.corpus.name for member in members),
         labels=labels,
         features=cards[0].features,

@@ -2,8 +2,7 @@
 
     SHARDS/card.json                           describes the set; missing until the set is complete
     SHARDS/clips/shard-00012.parquet           the decoded clips of shard 12 with their features
-    SHARDS/outcomes/shard-00012.parquet        one row for every file, or segment of a
-                                               file, of shard 12
+    SHARDS/outcomes/shard-00012.parquet        one row for every listed file or segment of shard 12
     SHARDS/encoders/NAME/shard-00012.parquet   an encoder's features of these clips
     SHARDS/encoders/NAME/encoder.safetensors   the weights and card of the encoder
     SHARDS/missing.csv                         the files that a table names but that do not exist;
@@ -12,8 +11,8 @@
 A feature is stored as the bytes of a float16 array `[bins, frames]`. All arrays of a shard set have
 the same number of frames, so shorter clips are padded with zeros on the right. For an encoder, the
 array is `[layers, dim]`. The type of the column is Arrow's fixed-size binary. Arrow's fixed-shape
-tensors are slower, because Parquet stores them as nested lists with a definition level for every
-number. For 128 clips, writing them takes 5 times as long, and reading them 7 times as long.
+tensors take 5 times as long to write and 7 times as long to read (for 128 clips), because Parquet
+stores them as nested lists with a definition level for every number.
 """
 
 import contextlib
@@ -37,11 +36,11 @@ OK = "ok"
 DIGEST = "digest"
 """The column of the outcomes that has the digest of each file's bytes."""
 REQUESTS_AT_ONCE = 16
-"""Number of small files that are read in parallel. A bucket answers that many requests in about
-the time of one request."""
+"""Number of small files that are read in parallel. A bucket answers this many requests in about the
+time of one."""
 COMPRESSION = "lz4"
-"""Files are read twice as fast with lz4 as with zstd. They are a little larger: lz4 saves nine
-tenths of the bytes that zstd saves."""
+"""Files are read twice as fast with lz4 as with zstd. They are slightly larger, because lz4 saves
+nine tenths of the bytes that zstd saves."""
 _CLIPS_FILE = re.compile(rf"{CLIPS}/shard-\d+\.parquet(\.[0-9a-f]{{8}}\.tmp)?")
 """Paths of files with clips, and of temporary files that `write_table` renames to such paths."""
 
@@ -133,7 +132,7 @@ def require_no_other_files(shards: str) -> None:
     """Check that the folder `clips` has only files of a shard set.
 
     Raises:
-        ShardsError: the folder has another file, or has files although no outcomes were written.
+        ShardsError: the folder has another file, or has files although there are no outcomes.
     """
     has_outcomes = names_in(shards, OUTCOMES) is not None
     for name in names_in(shards, CLIPS) or ():

@@ -15,7 +15,12 @@ DEVICE = "a device or pipe, not a file"
 NO_FILE = "there is no such file"
 FOLDER = "a folder, not a file"
 _SYSTEM_FOLDERS = (
-    *("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle"),
+    "__MACOSX",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "@eaDir",
+    "#recycle",
 )
 
 
@@ -53,7 +58,9 @@ def list_files(location: str) -> Iterator[ListedFile]:
 
 
 def names_inside(location: str) -> tuple[list[str], list[str]]:
-    """Return the names of the files and of the folders in a folder, without hidden entries.
+    """Return the names of the files and of the folders in a folder.
+
+    Hidden entries and system folders are skipped, as in `list_files`.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -100,7 +107,10 @@ def _list_local(root: str) -> Iterator[ListedFile]:
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """Return the status of a path, and why it cannot be opened as a file. One may be None."""
+    """Return the status of a path, and why it cannot be opened as a file.
+
+    The status is None if it cannot be read. The reason is None if the path is that of a file.
+    """
     try:
         status = os.stat(path)  # noqa: PTH116 - Path objects are slow for a million files
     except FileNotFoundError:
@@ -117,11 +127,11 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def find_local(path: str) -> str:
-    """Return a path in the Unicode forms in which it exists, or unchanged if it does not exist.
+    """Return a path in the Unicode normal forms in which it exists, or unchanged if it does not.
 
-    Operating systems write accented letters in different normal forms of Unicode, so a path from a
-    table that was written on one system may not be found on another. The folders and the file may
-    have different forms.
+    Operating systems write accented letters in different normal forms, so a path in a table that
+    was written on one system may not be found on another. The folders and the file may differ in
+    their forms.
     """
     if path.isascii() or os.path.lexists(path):
         return path

@@ -1,9 +1,9 @@
 """A lock on a folder: only the process that holds the lock may write into the folder.
 
 The lock is a file in the folder, so it works on every filesystem that pyarrow opens, and between
-machines that share nothing else. (`filelock` needs a local disk. In a bucket, pyarrow cannot create
-an object on the condition that it does not exist yet.) The holder sends heartbeats: every
-`HEARTBEAT_SECONDS`, it rewrites the file with a higher number.
+machines that share nothing else. (`filelock` needs a local disk, and pyarrow has no conditional
+writes to a bucket.) The holder sends heartbeats: every `HEARTBEAT_SECONDS`, it rewrites the file
+with a higher number.
 
 If the lock exists, a process that wants it asks the operating system whether the holder is running.
 If the system does not know, for example because the holder is on another machine or in another
@@ -35,8 +35,8 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 1.0
 """Seconds between two reads of a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Seconds from writing a claim to reading it back. In this time, all other processes that found no
-lock are expected to write their claims."""
+"""Seconds from writing a claim to reading it back. Other processes that also found no lock are
+expected to write their claims within this time."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class FolderLock:
     Args:
         location: the folder, which is created if it does not exist.
         error: the type of the error if the lock cannot be acquired.
-        activity: what the process with the lock does, here `is training under this name`.
-        advice: what the user can do, here `wait for it to end, or give another --name`.
+        activity: what the holder does, such as `is training under this name`.
+        advice: what the user can do, such as `wait for it to end, or give another --name`.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class FolderLock:
         """Raise LockLostError if this process lost the lock.
 
         That happens if another process took the lock over after missed heartbeats, or if somebody
-        deleted the file. The method reads the storage only if a heartbeat is overdue or the lock is
-        lost, so a training may call it at every step.
+        deleted the file. The method accesses the storage only if a heartbeat is overdue, for
+        example because the machine was asleep, or if the lock is lost. It is therefore cheap enough
+        for every training step.
         """
-        # A heartbeat is overdue after the machine was asleep, for example.
         if time.time() - self._last_heartbeat > 2 * HEARTBEAT_SECONDS:
             with contextlib.suppress(OSError):
                 self._send_heartbeat()
@@ -140,7 +140,7 @@ class FolderLock:
             except FileExistsError:
                 raise self._in_use_error(self._read()) from None
             return
-        # Several processes may write the file at the same time; the last one gets the lock.
+        # Several processes may write the file at the same time. The last one gets the lock.
         self._write()
         time.sleep(SETTLE_SECONDS)
         if not self._is_ours():
@@ -149,7 +149,7 @@ class FolderLock:
     def _was_abandoned(self, claim: dict[str, Any]) -> bool:
         """Return whether the holder has ended without releasing the lock.
 
-        If the operating system does not know whether the holder is running, this may need
+        If the operating system does not know whether the holder is running, this takes up to
         STALE_SECONDS.
 
         Raises:
@@ -240,7 +240,7 @@ def _is_running(claim: dict[str, Any]) -> bool | None:
 
 
 def _pid_namespace() -> str:
-    """Return this process's PID namespace. Process ids are only comparable in one namespace."""
+    """Return this process's PID namespace. Process ids can be compared only within a namespace."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the result is not a path
     except OSError:  # not Linux

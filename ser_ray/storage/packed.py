@@ -1,4 +1,4 @@
-"""Reads recordings that are stored in rows of Parquet files, as in Hugging Face data sets.
+"""Reads recordings that are stored in rows of Parquet files, as in Hugging Face datasets.
 
 The location of such a recording is `PARQUET_FILE#audio=ROW`, with rows counted from 0.
 """
@@ -20,9 +20,9 @@ ROW = "#audio="
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
-    """Return the entry of each column in the schema metadata that Hugging Face datasets reads.
+    """Return the metadata that Hugging Face's library stored for each column: {column: entry}.
 
-    The result is {column: entry}. Columns of lists, whose entries may be lists, can be missing.
+    Entries that are not mappings are left out. Those of list columns may be lists.
 
     Raises:
         ValueError: the metadata is damaged.
@@ -36,9 +36,10 @@ def features_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def audio_column(schema: pa.Schema) -> str | None:
-    """Return the name of the column with recordings, or None. If there are several, prefer `audio`.
+    """Return the name of the column with recordings, or None if there is none.
 
-    Each value of the column is a struct with the `bytes` of a file and its `path`.
+    Its values are structs with the `bytes` of a file. If there are several such columns, `audio` is
+    preferred.
     """
     features = features_of(schema)
     for name in sorted(schema.names, key=lambda name: name != "audio"):

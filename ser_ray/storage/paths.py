@@ -7,6 +7,7 @@ import getpass
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +19,15 @@ from ser_ray.errors import ConfigError, LocationError, first_line
 
 NOT_UTF8 = "the path is not UTF-8; rename the file or folder"
 NULL_CHARACTER = "a path cannot contain a null character"
+TEMPORARY_BYTES = 100_000_000
+"""Free disk space for temporary files: two copies of a ResNet18 of 45 MB."""
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
-# Schemes of pyarrow, which decodes percent-encoded paths. fsspec opens URIs that pyarrow cannot.
+# Schemes that pyarrow opens. It decodes percent-encoded paths, and fsspec, which opens all other
+# schemes, does not.
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")
 _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
-"""Matches `://user:password@`, but not the port in `://host:9000/`. A password may have slashes,
-because S3's secret keys may have slashes."""
+"""Matches `://user:password@`, but not the port in `://host:9000/`. A password may have slashes, as
+S3's secret keys may."""
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
@@ -43,7 +47,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     scheme = _scheme_of(location)
     try:
         if scheme in _BUCKET_SCHEMES:
-            parts = urlsplit(location.replace("#", "%23"))  # part of an object's key
+            parts = urlsplit(location.replace("#", "%23"))  # `#` is part of a key
             bucket = parts.netloc.rpartition("@")[2]
             path = f"{bucket}/{unquote(parts.path).strip('/')}".rstrip("/")
             return _bucket_filesystem(scheme, parts.netloc, parts.query), path
@@ -123,6 +127,23 @@ def name_account() -> None:
         os.environ["HOME"] = tempfile.gettempdir()
 
 
+def require_temporary_space() -> None:
+    """Check, before slow work begins, that a copy of a model fits into the temporary folder.
+
+    Raises:
+        ConfigError: the disk of the folder is nearly full, or no folder can be written.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.strerror}: set TMPDIR to a folder that can be written") from None
+    if (free := shutil.disk_usage(folder).free) < TEMPORARY_BYTES:
+        raise ConfigError(
+            f"the folder of temporary files, {folder}, has {free // 1_000_000} MB of free space, "
+            f"and {TEMPORARY_BYTES // 1_000_000} MB are needed: set TMPDIR to another folder"
+        )
+
+
 def absolute(location: str) -> str:
     """Make a local path absolute, and return a URI unchanged.
 
@@ -167,16 +188,19 @@ def folder_of(location: str) -> str:
 
 
 def _parent(inside: str) -> str:
-    """Return the folder of a path inside a filesystem. It is empty for a path without a folder."""
+    """Return the folder of a path inside a filesystem; empty for a path without a folder."""
     root = "/" if inside.startswith("/") else ""
     return inside.rstrip("/").rpartition("/")[0] or root
 
 
 def _split_uri(location: str) -> tuple[str, str, str]:
-    """Split a URI at the path inside its filesystem.
+    """Split a URI into the path inside its filesystem, and what is before and after the path.
 
-    The query (`?region=...`) or the rest of fsspec's chain (`::file://...`) is behind the path.
-    fsspec's caches, as in `simplecache::memory://clips`, are before it and have no path.
+    A query (`?region=...`) or the rest of an fsspec chain (`::file://...`) is after the path. A
+    cache of fsspec, as in `simplecache::memory://clips`, has no path of its own and is before it.
+
+    Returns:
+        The texts before the path, of the path, and after it.
     """
     scheme, mark, rest = location.partition("://")
     end = "?" if _scheme_of(location) in _PERCENT_ENCODED else "::"

@@ -61,8 +61,9 @@ def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
         tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
 
     Raises:
-        TrackingError: there is no such run or registered model.
-        CheckpointError: the folder's storage does not answer.
+        TrackingError: there is no such run or registered model, or the store does not answer.
+        CheckpointError: the folder cannot be read.
+        ConfigError: no filesystem can open the folder's URI.
     """
     location = str(model)
     is_in_mlflow = location.startswith(("models:/", "runs:/"))
@@ -89,8 +90,8 @@ def read_initial_weights(
     Raises:
         ConfigError: the shards do not have the feature, or its encoder was trained on the labels of
             a corpus in the shards.
-        CheckpointError: the weights are of a model that has seen speakers of a test part, in its
-            training or validation part.
+        CheckpointError: the weights are those of a model that was trained or validated on speakers
+            of a test part.
         CheckpointError, TrackingError: as `read_weights`.
     """
     card = shards.card
@@ -128,7 +129,7 @@ def _refuse_seen_speakers(
 
 
 class _SpeakerNames(NamedTuple):
-    """Says how the speakers of a shard set are named where the set is used."""
+    """A shard set of a training, and the prefix that its speakers' names have in this training."""
 
     fingerprint: str
     """Fingerprint of the shard set."""
@@ -138,7 +139,7 @@ class _SpeakerNames(NamedTuple):
     """Prefix of the names, such as `emodb:`; empty if the names have none."""
 
     def is_same_corpus(self, other: "_SpeakerNames") -> bool:
-        """Return whether two shard sets have the same speakers. All of RAVDESS is one corpus."""
+        """Return whether two shard sets have the same speakers, as all sets of RAVDESS do."""
         return (
             self.fingerprint == other.fingerprint
             or self.kind == other.kind == "ravdess"
@@ -149,7 +150,7 @@ class _SpeakerNames(NamedTuple):
 def _speaker_names(
     corpora: Sequence[UsedCorpus], kind: str, fingerprint: str
 ) -> list[_SpeakerNames]:
-    """Return the names in each of several corpora or, without any, in the only shard set."""
+    """Return one entry for each corpus. If `corpora` is empty, there is only one shard set."""
     if not corpora:
         return [_SpeakerNames(fingerprint, kind, "")]
     has_prefixes = have_prefixes(corpora)
@@ -251,7 +252,7 @@ def _model_uri(client: "MlflowClient", model: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quote a text for MLflow's filters, which have no escapes, but two kinds of quotes."""
+    """Quote a text for MLflow's filters. They accept single or double quotes, but no escapes."""
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
@@ -285,7 +286,7 @@ def name_like(run_id: str, changed_recipe: str = "") -> str:
 
 
 def best_training_of(run_id: str, tracking_uri: str) -> str:
-    """Return the id of the run with the model of a training, cross-validation or search.
+    """Return the id of the run with the best model of a training, cross-validation or search.
 
     For a training, this is the run itself. For a cross-validation, it is the fold with the best
     validation UA. The trials of a search keep no model. Therefore, for a search, it is the newest
@@ -323,10 +324,10 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
 
 
 def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
-    """Return the newest cross-validation of a run's recipe and shards that tested other speakers.
+    """Return the newest cross-validation of a run's recipe on the same shards; None if none exists.
 
-    Only cross-validations with scores of the test parts count, and none of the protocol `random`.
-    The settings in FOLD_SETTINGS may differ. If there is none, return None.
+    The settings in FOLD_SETTINGS may differ. Cross-validations that have no scores of test parts,
+    or whose protocol is `random`, are ignored.
 
     Raises:
         TrackingError: there is no such run, it has no recipe, or the store does not answer.
@@ -419,7 +420,7 @@ def register_model(
 def _shortened(card: str) -> str:
     """Return a model card that every store accepts as a description.
 
-    The middle of a longer card is left out, because its limits and its licence are at its end.
+    The middle of a longer card is left out, because the end states the model's limits and licence.
     """
     if len(card) <= MAX_TAG_LENGTH:
         return card

@@ -288,7 +288,7 @@ class Tracker:
         self.set_tags({NOTE: merge_note(note, lines)})
 
     def log_files(self, files: Mapping[str, Any]) -> None:
-        """Store artifacts, by path: figures, texts, tables as CSV, and other values as JSON."""
+        """Store artifacts by path: figures, texts, tables (as CSV), and other values (as JSON)."""
         import pyarrow as pa
         from pyarrow import csv
 
@@ -316,7 +316,7 @@ class Tracker:
         run = self.read()
         set_tracking_uri(self.uri)
         with self._writing():
-            # `pyfunc.log_model` would use the run and the experiment that the process has set.
+            # `pyfunc.log_model` would use the active run and experiment of this process.
             model = self._client.create_logged_model(
                 run.info.experiment_id,
                 name=model_name(str(run.info.run_name)),
@@ -346,8 +346,8 @@ class Tracker:
     def abandon(self, error: BaseException) -> None:
         """Close the run after an error: as KILLED if the process was stopped, else as FAILED.
 
-        If another process has taken over the run's folder, the run is that process's, and stays
-        open.
+        If another process has taken over the run's folder, that process uses the run, so the run
+        stays open.
         """
         if isinstance(error, LockLostError):
             return
@@ -357,7 +357,7 @@ class Tracker:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Wait for a locked database, and convert the errors of reading to TrackingError."""
+        """Wait while the database is locked, and convert errors of reading to TrackingError."""
         await_database(self.uri)
         problem = f"{self.uri}: run {self.run_id} cannot be read"
         with as_tracking_error(problem, "; run the same command again when the store answers"):
@@ -365,7 +365,7 @@ class Tracker:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Wait for a locked database, and convert the errors of writing to TrackingError."""
+        """Wait while the database is locked, and convert errors of writing to TrackingError."""
         await_database(self.uri)
         problem = f"{self.uri}: run {self.run_id} could not be written"
         advice = (
@@ -409,10 +409,10 @@ def has_run(uri: str, run_id: str) -> bool:
 
 
 def store_of_run(tracking_uri: str, recorded_uri: str, run_id: str) -> str:
-    """Return the store that a run is read from and recorded in, as `resolve_uri` returns it.
+    """Return the store to use for a run, in the form that `resolve_uri` returns.
 
-    This is the store of the user if it has the run, because the recorded address may be outdated:
-    a store can be moved or copied, and a server can get another address.
+    This is the user's store if it has the run, and otherwise the recorded store. The recorded
+    address may be outdated: a store can be moved or copied, and a server can get another address.
 
     Args:
         tracking_uri: the user's store, as `resolve_uri` takes it.

@@ -1,10 +1,13 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,6 +267,17 @@ def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
     given = ["--shards", shards, "--protocol", "speaker-3", "--weights", "none"]
     assert main([*arguments.split(), *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_full_temporary_folder_is_named_before_a_training(capsys, in_tmp, monkeypatch):
+    """The trained model is copied there before MLflow stores it."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000_000))
+    shards = write_shard_files(in_tmp / "shards")
+    given = ["--shards", shards, "--protocol", "speaker-3", "--weights", "none"]
+    assert main(["train", *given]) == 2
+    message = capsys.readouterr().err
+    assert f"{tempfile.gettempdir()}, has 20 MB of free space" in message
+    assert "epoch " not in message
 
 
 @pytest.mark.parametrize("arguments", ["train --channel melody", "train --lr-mim 1"])

@@ -4,12 +4,35 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
 
 import pytest
 import ray
 
+from ser_ray.cluster import connect
 from ser_ray.cluster.connect import JOB_CONFIG, LOG_LEVEL, _quiet_backend, cluster, needs_ray
 from ser_ray.errors import ResourcesError
+
+GRPC_ANSWER = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+
+@contextmanager
+def server_that_says(answer: bytes) -> Iterator[str]:
+    """Yield the address of a server that sends `answer` to its first client."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(ConnectionError):
+                connection.sendall(answer)
+                while connection.recv(1000):  # until the client closes the connection
+                    pass
+
+        Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.parametrize(
@@ -36,10 +59,12 @@ def test_a_ray_that_does_not_start_is_a_resources_error(
         raise failure
 
     monkeypatch.setattr(ray, "init", init)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        address = f"127.0.0.1:{other.getsockname()[1]}"
-        with pytest.raises(ResourcesError, match=message), cluster(address):
-            pytest.fail("the block ran without a connection")
+    with (
+        server_that_says(GRPC_ANSWER) as address,
+        pytest.raises(ResourcesError, match=message),
+        cluster(address),
+    ):
+        pytest.fail("the block ran without a connection")
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, ValueError, OSError, Exception])
@@ -73,6 +98,26 @@ def test_a_cluster_that_is_away_is_named_before_ray_is_asked(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ResourcesError, match=message), cluster():
         pytest.fail("the block ran without a connection")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(b"", "timed out"), (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers is not Ray")],
+)
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_server_that_hangs_or_is_another_program_is_refused_within_seconds(
+    scheme: str, answer: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an SSH tunnel to a cluster that is gone, or a stopped process of Ray, hang."""
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray tries for minutes"))
+    monkeypatch.setattr(connect, "CONNECT_SECONDS", 0.5)
+    start = time.monotonic()
+    with server_that_says(answer) as address:
+        monkeypatch.setenv("RAY_ADDRESS", f"{scheme}{address}")
+        message = rf"answers at {scheme}{address}, the value of RAY_ADDRESS \({reason}\)"
+        with pytest.raises(ResourcesError, match=message), cluster():
+            pytest.fail("the block ran without a connection")
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,7 @@ def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "spoil", "message"),
     [
-        (kaldi, ("kaldi/wav.scp", "u0 sox a.wav -t wav - |\n"), "u0 is a command"),
+        (kaldi, ("kaldi/wav.scp", "u0 sox a.wav -t wav - |\n"), "u0 is the output of a command"),
         (hugging_face, ("hf/dataset_dict.json", "{}"), "was written by save_to_disk"),
         (emobox, ("data/mine.jsonl", "[1]\n"), "cannot be read .line 1 is not a JSON object"),
         (emobox, ("data/mine.jsonl", "{\n"), "cannot be read .line 1 is not a JSON object"),
@@ -376,7 +376,7 @@ def test_a_command_of_lhotse_is_not_run(folder: Path) -> None:
     lines = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
     lines[1]["sources"][0] |= {"type": "command", "source": "touch mark"}
     json_lines(file, lines)
-    with pytest.raises(CorpusError, match="lhotse: 1 is a command, and commands are not run"):
+    with pytest.raises(CorpusError, match="lhotse: 1 is the output of a command, and commands"):
         list_corpus(str(source))
 
 

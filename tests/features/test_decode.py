@@ -346,7 +346,7 @@ def test_a_wav_that_is_cut_short_is_used_and_the_loss_is_reported(
     path.write_bytes(data[: -2 * 18_000])
     sound = decode(str(path))
     np.testing.assert_array_equal(sound.samples, samples[:30_000])
-    assert sound.loss == "at least 0.38 s of it are lost: the file is damaged or incomplete"
+    assert sound.loss == "at least 0.38 s of the file are lost: it is damaged or incomplete"
     path.write_bytes(data[: -2 * 36_000])
     for found in (failure(path), failure_of_stream(path)):
         assert found.reason.startswith("only 0.25 s of its 1.00 s can be decoded")

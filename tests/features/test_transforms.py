@@ -226,6 +226,16 @@ def test_rumble_alone_is_not_clear_and_hides_no_voice(frequency: float, noise_db
     assert measure_loudness(spoken, 16_000, 50.0).above_noise_db > CLEAR_DB
 
 
+@pytest.mark.parametrize("frequency", [49.9, 50, 60, 60.1, 100])
+@pytest.mark.parametrize("phase", [0.1, 0.3, 0.6])
+def test_mains_hum_alone_is_not_clear_and_hides_no_voice(frequency: float, phase: float) -> None:
+    """Buzzing lamps have one short pulse in each period."""
+    hum = 0.02 * np.exp(-10 * ((TIME * frequency + phase) % 1)) + noise_of(48_000, -90)
+    assert measure_loudness(hum, 16_000, 50.0).above_noise_db < CLEAR_DB
+    spoken = hum + voice(3.0, 16_000)
+    assert measure_loudness(spoken, 16_000, 50.0).above_noise_db > CLEAR_DB
+
+
 def test_the_best_straight_line_of_a_stretch_has_no_power() -> None:
     samples = np.random.default_rng(0).normal(0.2, 0.1, 330) + np.arange(330) / 300
     found = measure_loudness(samples.astype(np.float32), 16_000, 50.0).power

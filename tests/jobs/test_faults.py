@@ -12,7 +12,6 @@ BENCH = Path(__file__).parents[2] / "jobs" / "bench.py"
 FAULTS = ("kill driver", "kill worker", "terminate driver", "two drivers")
 
 
-@pytest.mark.soak
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)

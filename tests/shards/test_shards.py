@@ -483,7 +483,11 @@ def test_segments_are_clips_and_their_file_is_decoded_once(
     samples = (voice(3.0) * 20_000).astype(np.int16)
     write_wav(tmp_path / "long.wav", samples)
     write_wav(tmp_path / "cut.wav", samples[24_000:72_000])
-    times = {"": None, "0.5,1.5": None, "2.5,3.2": "0.20 s of it are after the end of the file"}
+    times = {
+        "": None,
+        "0.5,1.5": None,
+        "2.5,3.2": "0.20 s of the segment are after the end of the file",
+    }
     beyond = "the segment is from 2.50 s to 9.00 s, and the file ends at 3.00 s"
     lines = [f"long.wav,{given or ','},x,1" for given in [*times, "2.5,9", "4,"]]
     header = "file,start,end,emotion,speaker"

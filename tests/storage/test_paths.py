@@ -2,9 +2,12 @@
 
 import os
 import re
+import shutil
+import tempfile
 import uuid
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import boto3
@@ -24,6 +27,7 @@ from ser_ray.storage.paths import (
     filesystem_of,
     folder_of,
     location_inside,
+    require_temporary_space,
 )
 from tests.s3_server import s3_bucket
 
@@ -211,6 +215,22 @@ def test_an_unknown_home_folder_is_reported(monkeypatch):
         LocationError, match=r"~/corpus: the home folder ~ is not known .*give the full path"
     ):
         absolute("~/corpus")
+
+
+@pytest.mark.parametrize("free", [0, 99_000_000])
+def test_a_temporary_folder_on_a_full_disk_is_named(free, tmp_path, monkeypatch):
+    require_temporary_space()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", {str(tmp_path): SimpleNamespace(free=free)}.get)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}, has .* MB of free .*: set TMPDIR to"):
+        require_temporary_space()
+
+
+def test_a_machine_without_a_temporary_folder_is_reported(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(ConfigError, match=r"No usable temporary directory .*: set TMPDIR to"):
+        require_temporary_space()
 
 
 def test_a_path_that_no_file_can_have_is_described_in_our_words() -> None:

@@ -33,13 +33,13 @@ _FILE_URI = re.compile(r"file:(//(localhost)?)?(?=/)", re.IGNORECASE)
 
 
 def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
-    """Find the files of the clips, and return the columns of the manifest that a table has.
+    """Find the files of the clips, and return the manifest's columns for them.
 
     Args:
         source: the table, as the user wrote it.
-        folder: where relative paths start, or the folder of a corpus with tables in the folders
-            that `rows` names. If it has none of the files, relative paths start at the nearest of
-            the four folders above it that has one of the files.
+        folder: the folder of the corpus. Relative paths start here, or in the folder below it that
+            the column `files.FOLDER` names. If a local folder has none of the files, relative paths
+            start at the nearest of the four folders above it that has one of them.
         rows: the clips, from `columns.read_table`.
 
     Raises:
@@ -77,7 +77,7 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
 
 
 def _default_takes(rows: pa.Table, files: Sequence[ListedFile]) -> list[str]:
-    """Return a take for each row: the path without a file's suffix, and the times of a segment."""
+    """Return a take for each row: the path without its suffix, and the times of a segment."""
     takes = []
     columns = files, rows["start"].to_pylist(), rows["end"].to_pylist()
     for file, start, end in zip(*columns, strict=True):
@@ -89,7 +89,7 @@ def _default_takes(rows: pa.Table, files: Sequence[ListedFile]) -> list[str]:
 
 
 def _find_files(folder: str, inside: str, paths: list[str]) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the paths of a table in the folder `inside` of a corpus, and their files."""
+    """Yield each path of the table in the folder `inside` of a corpus, and its file."""
     own = location_inside(folder, inside) if inside else folder
     start = _start_of_paths(own, paths)
     below = f"{start.removeprefix(folder).strip('/')}/" if start.startswith(f"{folder}/") else ""
@@ -157,8 +157,7 @@ def _require_one(
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
     hint = (
-        "; a take is one performance, named by the column take or, without this column, by the "
-        "path without its extension"
+        "; a take is one performance. The column take names it, or else the path without its suffix"
     )
     raise CorpusError(
         f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "
@@ -168,6 +167,6 @@ def _require_one(
 
 
 def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
-    """Return a key for each row of a table or manifest, which joins its path, start and end."""
+    """Join the path, start and end of each row of a table or manifest to one key."""
     times = [pc.fill_null(rows[name].cast("string"), "") for name in ("start", "end")]
     return pc.binary_join_element_wise(rows["path"], *times, "\n")

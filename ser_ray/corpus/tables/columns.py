@@ -1,8 +1,8 @@
 """Reads the columns of a custom corpus's table, and checks their values.
 
-Tables come from spreadsheets and other systems, so blanks, hyphens and capitals in column names and
-blanks around values are accepted. A missing path, label, speaker or take, an invalid time and two
-columns with the same name are errors.
+Tables come from spreadsheets and other systems, so column names may have blanks, hyphens and
+capitals, and values may have blanks around them. It is an error if a path, label, speaker or take
+is missing, if a time is invalid, or if two columns have the same name.
 """
 
 import csv
@@ -30,14 +30,14 @@ _UNIT = (
 )
 _TIMES = f"{_BEFORE}(start|begin|onset|end|stop|offset|[xt]min|[xt]max){_UNIT}"
 _LENGTH = f"{_BEFORE}(dur|duration|length){_UNIT}"
-"""Patterns for the names of time columns in lower case. A length only counts as a time if there is
-a start."""
+"""Patterns for the names of time columns in lower case. A column that matches `_LENGTH` is a time
+column only if the table also has a column for the start."""
 _DURATION = re.compile(
     r"(\d+ days? )?\+?\d+:\d{1,2}:\d{1,2}(\.\d+)?|PT.*"
     r"|\d+(\.\d+)?\s?(ns|us|ms|s|secs?|min|m|h|d|days?)"
 )
-"""The durations that are read. pandas reads others too, but takes a number without a unit for
-nanoseconds, and ignores commas and blanks in numbers."""
+"""Matches the durations that are accepted. `pandas.Timedelta` accepts more, but it reads a number
+without a unit as nanoseconds, and ignores commas and blanks in numbers."""
 _THOUSANDS = re.compile(r"[1-9]\d{0,2},\d{3}")
 """Matches a number in which a comma could also separate thousands."""
 _MISSING_VALUES = {*MISSING_WORDS, ""}
@@ -57,9 +57,9 @@ def read_table(
         columns: {column in `COLUMNS`: name in the table}.
 
     Returns:
-        The clips, and lines for the user. The columns are `path`, `label`, `speaker`, `split` and
-        perhaps `take`, without blanks around the values; `start` and `end` in seconds, which are
-        both null for a complete file; and perhaps `files.FOLDER`.
+        The clips, and lines for the user. The columns `path`, `label`, `speaker` and `split` are
+        texts without blanks around them. `start` and `end` are in seconds, and both are null for a
+        complete file. The columns `take` and `files.FOLDER` are missing if the source lacks them.
 
     Raises:
         CorpusError: the table cannot be read, or lacks a column or a value.
@@ -143,7 +143,8 @@ def _read_times(
     """
     segments: list[tuple[float | None, float | None]] = []
     with_comma = [text for text in (*starts, *ends) if text and "," in text]
-    mark = "," if not all(map(_THOUSANDS.fullmatch, with_comma)) else "."
+    # A comma is a decimal mark. If every comma could separate thousands, the times are refused.
+    mark = "." if all(map(_THOUSANDS.fullmatch, with_comma)) else ","
     for row, texts in enumerate(zip(starts, ends, strict=True), start=1):
         start, end = (_seconds(text and text.replace(mark, ".")) for text in texts)
         start = start or 0.0
@@ -191,7 +192,7 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
     if not names:
         raise CorpusError(f"{source}: the table is empty")
     found: dict[str, str] = {}
-    shown = printable(",".join(names))[:_SHOWN_LETTERS]  # the file may be no table at all
+    shown = printable(",".join(names))[:_SHOWN_LETTERS]  # long if the file is not a table
     for column, known in COLUMNS.items():
         wanted = (columns[column],) if column in columns else known
         matches = [[n for n in names if column_key(n) == column_key(want)] for want in wanted]
@@ -248,7 +249,7 @@ def _ambiguous_columns(
 
 
 def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set[str]) -> None:
-    """Raise a CorpusError with the first rows that have a missing value, if there are any."""
+    """Raise a CorpusError that lists the first rows with a missing value, if there are any."""
     missing = pa.array(sorted({*words, ""}))
     found: list[tuple[int, str, str]] = []
     for name, column in columns.items():
@@ -264,8 +265,8 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
         for place, (row, name, value) in enumerate(sorted(found, key=lambda item: item[0]))
     ]
     hint = (
-        ". If such a word is a value in your table, list only the words that mean a missing value "
-        "with --missing, or none of them with --missing alone"
+        ". If such a word is a value in your table, list the words that mean a missing value with "
+        "--missing, or use --missing without words if there are none"
     )
     raise CorpusError(
         f"{source}: {shorten(shown, _SHOWN_ROWS)}; fill them in, or delete these rows"

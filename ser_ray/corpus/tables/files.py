@@ -26,7 +26,7 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
 FOLDER = "folder of the table/"
-"""The column with the folder, below the folder of the corpus, of the table that has a row."""
+"""Name of the column with the folder of each row's table, relative to the folder of the corpus."""
 FindColumns = Callable[[Sequence[str]], Mapping[str, str]]
 """A function that gets the names of a table's columns, and returns which of them to read:
 {column in `COLUMNS`: name in the table}. It raises a CorpusError if the names do not fit."""
@@ -43,13 +43,13 @@ def read_text(location: str, find: FindColumns) -> tuple[pa.Table, tuple[str, ..
 
     Args:
         location: path or URI of the table.
-        find: called because it raises an error if the names in the header do not fit.
+        find: called only to find the separator, and to raise an error if no header fits.
 
     Returns:
         The table, and lines for the user.
 
     Raises:
-        CorpusError: the text is empty, or in an unknown encoding, or `find` raises the error.
+        CorpusError: the text is empty or in an unknown encoding, or lacks a needed column.
         TableError: a row has more or fewer values than the header row.
         pa.ArrowInvalid: the text is damaged in another way.
     """
@@ -58,7 +58,7 @@ def read_text(location: str, find: FindColumns) -> tuple[pa.Table, tuple[str, ..
 
 
 def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
-    """Decode the text; return it, and a line for the user if the encoding was guessed."""
+    """Decode the text; return it, and a line for the user if it was read as Windows-1252."""
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         encodings = ["utf-32"]
     elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -75,13 +75,17 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         notes = (f"{location}: is not UTF-8, and was read as Windows-1252",)
         return text, notes if encoding == "cp1252" else ()
     raise CorpusError(
-        f"{location}: the table cannot be read, because it is not text in UTF-8, UTF-16 or "
+        f"{location}: the table cannot be read, because it is not text in UTF-8, UTF-16, UTF-32 or "
         "Windows-1252; save it again as UTF-8"
     )
 
 
 def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
-    """Parse delimited text. Prefer a separator with a complete header, or else most known names."""
+    """Parse delimited text.
+
+    The separator is one with which the header has all needed columns. If there is no such separator
+    or several, it is the one with the most known column names.
+    """
 
     def rank(separator: str) -> tuple[bool, int, int]:
         names = headers[separator]
@@ -92,7 +96,7 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
 
     text = re.sub(r"\A(?:[ \t]*[\r\n])+", "", text)
     separators: tuple[str, ...] = _SEPARATORS
-    # Excel's own first line, which may have separators to the right of it
+    # Excel's first line, such as `sep=;`, may end with more separators.
     if declared := re.match(r'"?sep=(.)"?[,;\t|]*[\r\n]+', text, re.IGNORECASE):
         text = text[declared.end() :]
         separators = tuple(dict.fromkeys((*separators, declared[1])))
@@ -103,7 +107,7 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
     known = {column_key(name) for names in COLUMNS.values() for name in names}
     separator = max(headers, key=rank)
     names = headers[separator]
-    find(names)  # if the file is no table, this error is clearer than that of a row
+    find(names)  # for a file that is not a table, this error is clearer than that of a row
     numbered = [f"column {number}" for number in range(len(names))]
     uneven: list[Any] = []
 
@@ -120,7 +124,7 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
             pa.csv.ParseOptions(
                 delimiter=separator, newlines_in_values=True, invalid_row_handler=refuse
             ),
-            # All as text: otherwise speaker 01 becomes the number 1.
+            # Every column is text. Otherwise speaker 01 would become the number 1.
             pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
         )
     except pa.ArrowInvalid as error:
@@ -137,7 +141,7 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
 
 
 def _without_blank_rows(table: pa.Table) -> pa.Table:
-    """Remove the rows without any value, such as the rows of separators that spreadsheets write."""
+    """Remove rows without any value. Spreadsheets write rows that only have separators."""
     rows = pa.array(np.arange(len(table)))
     for column in table.columns:
         if len(rows) == 0:
@@ -147,7 +151,7 @@ def _without_blank_rows(table: pa.Table) -> pa.Table:
 
 
 def _require_closed_quotes(text: str, separator: str) -> None:
-    """Raise a TableError if a quotation mark joins rows, which Arrow would lose without a word."""
+    """Raise a TableError if a stray quotation mark joins rows, for which Arrow raises no error."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     first = 1  # the first line of the row
     limit = csv.field_size_limit(len(text))  # Arrow has no limit
@@ -189,7 +193,10 @@ def read_json_lines(location: str) -> list[Row]:
 
 
 def as_table(rows: Iterable[Row]) -> pa.Table:
-    """Make a table of strings from rows; columns with lists or objects in them become lists."""
+    """Make a table of strings from rows.
+
+    A column with a list or an object in it becomes a column of lists, which `as_texts` refuses.
+    """
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
@@ -222,14 +229,14 @@ def read_parquet(location: str, find: FindColumns) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
     If the file is a Hugging Face data set with recordings, the column `path` has their locations.
-    Its labels, which are numbers of a ClassLabel, become names.
+    The numbers of a ClassLabel become names.
     """
     filesystem, path = filesystem_of(location)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         schema = file.schema_arrow
         audio, features = audio_column(schema), features_of(schema)
         names = list(schema.names)
-        if audio:  # a column `path` of the file is where the recording was before
+        if audio:  # the file's own column `path` has the earlier locations of the recordings
             names = ["path", *(n for n in names if n != audio and column_key(n) != "path")]
         chosen = list(dict.fromkeys(find(names).values()))
         needs_path = audio is not None and "path" in chosen

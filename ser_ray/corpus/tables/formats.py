@@ -1,17 +1,17 @@
 """Reads a table of any format, or a folder of tables, as one Arrow table.
 
     text                   separated by commas, semicolons, tabs or |; UTF-8, -16, -32, Windows-1252
-    JSON lines             EmoBox: one file, or a folder of folds, fold_1/*_test_fold_1.jsonl
-    Parquet                any table, and data sets of Hugging Face with recordings in a column
+    JSON lines             any table; EmoBox also has a folder of folds, fold_1/*_test_fold_1.jsonl
+    Parquet                any table, or data sets of Hugging Face with recordings in a column
     db.yaml                a folder of audformat, read by the package audformat
     wav.scp                a folder of Kaldi: utt2spk, utt2emo or text, segments
-    *supervisions*.jsonl   lhotse, with the recordings in a file beside it; also *cuts*.jsonl
+    *supervisions*.jsonl   lhotse, with *recordings*.jsonl in the same folder; also *cuts*.jsonl
     *_train.csv, ...       nkululeko: a text or JSON file for each part of the split
     metadata.csv, .jsonl   a folder of recordings for Hugging Face's datasets
     train, dev, test       a folder for each part of the split, in any of these formats
 
-The columns keep their names; `columns` chooses those that a corpus needs. Recordings are not
-decoded here.
+The columns keep their names, except as `tools` says; `columns` chooses those that a corpus needs.
+Recordings are not decoded here.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,8 @@ def read_any(location: str, find: FindColumns) -> TableAndNotes:
         The table, or None if the folder has no tables of these formats; and lines for the user.
 
     Raises:
-        CorpusError: the table has no fitting columns, needs a package that is not installed, or has
-            content that is not read, as the functions of `files` and `tools` say.
+        CorpusError: the table lacks a column, needs a package that is not installed, or has content
+            that the functions of `files` and `tools` refuse.
         pa.ArrowException, LookupError, ValueError, TypeError, OSError, csv.Error: the table is
             damaged, or the tables of a folder contradict each other.
     """
@@ -121,16 +121,18 @@ def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
 
 def _read_parts(location: str, folders: Sequence[str], find: FindColumns) -> TableAndNotes:
     """Read the tables in the folders that are named like a part of the split, or `data`."""
-    part_of = {name: PARTS.get(name.lower()) for name in sorted(folders)}
     tables = []
-    for name in (name for name, part in part_of.items() if part or name == "data"):
+    for name in sorted(folders):
+        part = PARTS.get(name.lower())
+        if part is None and name != "data":
+            continue
         table, notes = _read_folder(location_inside(location, name), find)
-        if table is not None and FOLDER in table.column_names:  # the table of a folder in it
+        if table is not None and FOLDER in table.column_names:  # the tables are in folders in it
             below = pc.binary_join_element_wise(name, table[FOLDER], "/")
             table = table.set_column(table.column_names.index(FOLDER), FOLDER, below)
         elif table is not None:
             table = table.append_column(FOLDER, pa.array([name] * len(table), pa.string()))
-        tables.append(((table, notes), part_of[name]))
+        tables.append(((table, notes), part))
     return _concatenate(tables, find)
 
 
@@ -139,9 +141,10 @@ def _concatenate(
     find: FindColumns,
     notes: tuple[str, ...] = (),
 ) -> TableAndNotes:
-    """Concatenate tables. If a table is one part of the split, fill in its column `split`.
+    """Concatenate tables.
 
-    The columns that `find` chooses get their names in the first table.
+    A table that is one part of the split gets a column `split`, if it has none. The columns that
+    `find` chooses are renamed to their names in the first table that has them.
     """
     tables = []
     names: dict[str, str] = {}
@@ -151,9 +154,9 @@ def _concatenate(
             continue
         if part and "split" not in table.column_names:
             table = table.append_column("split", pa.array([part] * len(table), pa.string()))
-        found = find(table.column_names)
         columns = dict(zip(table.column_names, table.columns, strict=True))
-        chosen = {column: as_texts(name, columns.pop(name)) for column, name in found.items()}
-        chosen = {names.setdefault(column, found[column]): chosen[column] for column in found}
+        chosen: dict[str, pa.ChunkedArray] = {}
+        for column, name in find(table.column_names).items():
+            chosen[names.setdefault(column, name)] = as_texts(name, columns.pop(name))
         tables.append(pa.table(columns | chosen))
     return pa.concat_tables(tables, promote_options="permissive") if tables else None, notes

@@ -1,8 +1,8 @@
 """Reads a folder of another tool as one table: EmoBox, Kaldi, lhotse or audformat.
 
-The columns keep the tool's names, except that the recordings of lhotse become `path`, and that the
-files `wav.scp`, `utt2spk`, `utt2emo` and `segments` of Kaldi become `path`, `speaker`, `label`,
-`start` and `end`. No recording is decoded, and no command is run.
+The columns keep the tool's names, with two exceptions. The recordings of lhotse become the column
+`path`. The files `wav.scp`, `utt2spk`, `utt2emo` and `segments` of Kaldi become the columns `path`,
+`speaker`, `label`, `start` and `end`. No recording is decoded, and no command is run.
 """
 
 import re
@@ -21,14 +21,16 @@ from ser_ray.storage.paths import location_inside, read_file
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 _LABEL_FILES = ("utt2emo", "utt2emotion", "utt2label", "text")
 """The files of a Kaldi folder that may hold the labels; the first one that exists is read."""
-_COMMAND = " is a command, and commands are not run; write the recordings into files first"
+_COMMAND = (
+    " is the output of a command, and commands are not run; write the recordings into files first"
+)
 
 
 def read_folds(tables: Mapping[str, str]) -> pa.Table:
-    """Read the folds of EmoBox. The column `fold` is the number of the fold that tests a row.
+    """Read the folds of EmoBox as a table with one row for each clip.
 
-    The column is `train` if no fold tests the row. If there is only one fold, the column is
-    `train`, `valid` or `test`.
+    The column `fold` has the number of the fold that tests the clip, or `train` if no fold tests
+    it. If there is only one fold, the column has `train`, `valid` or `test`.
 
     Args:
         tables: {name that matches `FOLD`: location}.
@@ -39,7 +41,7 @@ def read_folds(tables: Mapping[str, str]) -> pa.Table:
     matches = [match for name in tables if (match := FOLD.match(name))]
     is_only_fold = len({match[2] for match in matches}) == 1
     rows: dict[str, Row] = {}
-    for match in sorted(matches, key=lambda match: match[1] == "test"):
+    for match in sorted(matches, key=lambda match: match[1] == "test"):  # test replaces train
         for row in read_json_lines(tables[match.string]):
             fold = match[2] if match[1] == "test" else "train"
             if row.get("key") is None:
@@ -49,12 +51,12 @@ def read_folds(tables: Mapping[str, str]) -> pa.Table:
 
 
 def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Table:
-    """Read a data folder of Kaldi. Each file with lines `UTTERANCE VALUE` is a column.
+    """Read a data folder of Kaldi. Each file with lines `UTTERANCE VALUE` becomes a column.
 
     Raises:
         CorpusError: a recording is the output of a command, or the labels seem to be transcripts.
-        TableError: a file is not text in UTF-8 or has two values for an utterance, or a segment
-            has no recording, start and end.
+        TableError: a file is not text in UTF-8 or has two values for an utterance, a segment has no
+            recording, start and end, or a recording has no path.
     """
 
     def read(name: str) -> dict[str, str]:
@@ -73,9 +75,9 @@ def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Tab
     if pipe := next((name for name, path in scp.items() if path.endswith("|")), None):
         raise CorpusError(f"{location}/wav.scp: {pipe}{_COMMAND}")
     label = next((name for name in _LABEL_FILES if name in files), "text")
-    others = {{"utt2spk": "speaker", label: "label"}.get(name, name): name for name in files}
-    found = find(["path", "start", "end", *others])
-    columns = {name: read(others[name]) for name in found.values() if name in others}
+    file_of = {{"utt2spk": "speaker", label: "label"}.get(name, name): name for name in files}
+    found = find(["path", "start", "end", *file_of])
+    columns = {name: read(file_of[name]) for name in found.values() if name in file_of}
     labels = list(columns["label"].values()) if found["label"] == "label" else []
     if label == "text" and sum(" " in text for text in labels) > len(labels) / 2:
         raise CorpusError(
@@ -94,7 +96,7 @@ def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Tab
         (recording for recording, *_ in segments.values() if not scp.get(recording)), ""
     ):
         raise TableError(f"wav.scp has no path for {bad}")
-    return as_table(
+    return as_table(  # the end -1 means the end of the recording
         {"path": scp[recording], "start": start, "end": None if end == "-1" else end}
         | {column: values.get(name) for column, values in columns.items()}
         for name, (recording, start, end) in segments.items()
@@ -107,7 +109,7 @@ def is_lhotse(name: str) -> bool:
 
 
 def read_lhotse(location: str, files: Sequence[str]) -> pa.Table:
-    """Read supervisions and their recordings, or else cuts. Each supervision is a clip.
+    """Read supervisions and their recordings, or else cuts. Each supervision becomes a clip.
 
     Args:
         location: the folder.
@@ -155,7 +157,7 @@ def _clips_of_cut(location: str, cut: Row) -> Iterator[tuple[Row, Row | None, fl
 
 
 def _clip_of_lhotse(location: str, row: Row, recording: Row | None, start: float) -> Row:
-    """Return the row of a supervision; `start` is in seconds of the recording."""
+    """Return the row of a supervision, which starts at `start` seconds of the recording."""
     sources = (recording or {}).get("sources", ())
     if any(found["type"] == "command" for found in sources):
         raise CorpusError(f"{location}: {row['recording_id']}{_COMMAND}")
@@ -170,8 +172,8 @@ def _clip_of_lhotse(location: str, row: Row, recording: Row | None, start: float
 def read_audformat(location: str, files: Sequence[str], find: FindColumns) -> pa.Table:
     """Read a folder of audformat: the labelled clips and their splits.
 
-    The package audformat would run code from pickled tables, which `audb` stores, and from the
-    header. Therefore audformat reads a temporary copy, which has no pickles and a header of plain
+    The package audformat would run code from the header, and from the pickled tables that `audb`
+    stores. Therefore it reads a temporary copy without pickles, in which the header has only plain
     values.
 
     Raises:
