@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: Verb) -> int:
     if verb.common.dry_run:
+        verb.check()
         resolved: dict[str, object] = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
         if place := verb.place():
             resolved["trains"] = place

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import tyro
 
@@ -41,10 +41,24 @@ class ModelVerb(Verb):
     tracking_uri: str = ""
     """MLflow store that holds the run or the registered model."""
 
+    names: ClassVar[tuple[str, ...]] = ("model",)
+    """Fields with the names of the models."""
+
+    def check(self) -> None:
+        """Check that the store exists if a model is looked up in it."""
+        from ser_ray.tracking.database import require_database
+        from ser_ray.tracking.store import is_looked_up, resolve_uri
+
+        models = [getattr(self, name) for name in self.names]
+        if any(model and is_looked_up(model) for model in models):
+            require_database(resolve_uri(self.tracking_uri))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(ModelVerb, TableConfig):
     """Score a model on the test part of its own fold, or on other speakers."""
+
+    names = ("model", "against")
 
     model: tyro.conf.Positional[Model]
     shards: tuple[str, ...] = ()
@@ -253,6 +267,8 @@ class Export(ModelVerb):
 @dataclass(frozen=True, kw_only=True)
 class Register(ModelVerb):
     """Register a run's model in MLflow, with its model card as description."""
+
+    names = ("run_id",)
 
     run_id: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_ID")]]
     """MLflow run of a training, a cross-validation or a search. For a cross-validation, the model

@@ -55,6 +55,13 @@ class Verb:
         """Return where this verb would train, in words; empty if it does not train."""
         return ""
 
+    def check(self) -> None:
+        """Check, for `--dry-run`, that the tracking store exists if this verb only reads it.
+
+        Raises:
+            TrackingError: the store does not exist.
+        """
+
     def run(self) -> VerbResult:
         """Do the work.
 

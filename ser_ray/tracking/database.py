@@ -57,9 +57,24 @@ def open_database(uri: str, *, create: bool) -> None:
         create: whether to create a missing file.
 
     Raises:
-        TrackingError: the file does not exist, its recorded paths cannot be corrected, or the path
-            of the file contains % or ?, which MLflow misreads.
+        TrackingError: as `require_database`, or the recorded paths cannot be corrected.
         OSError, sqlite3.Error: the file is not a database or cannot be read.
+    """
+    database = database_of(uri)
+    if database is None:
+        return
+    require_database(uri, create=create)
+    if not database.exists():
+        _create(database)
+    await_database(uri)
+    _correct_locations(database)
+
+
+def require_database(uri: str, *, create: bool = False) -> None:
+    """Check that the file of a sqlite store exists, or can be created if `create` is true.
+
+    Raises:
+        TrackingError: the file does not exist, or its path contains % or ?, which MLflow misreads.
     """
     database = database_of(uri)
     if database is None:
@@ -77,9 +92,6 @@ def open_database(uri: str, *, create: bool) -> None:
                 f"{uri}: there is no such MLflow store; run the command in the project's folder, "
                 "or name the store with --tracking-uri or MLFLOW_TRACKING_URI"
             )
-        _create(database)
-    await_database(uri)
-    _correct_locations(database)
 
 
 def await_database(uri: str) -> None:

@@ -22,7 +22,13 @@ from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.card import UsedCorpus, have_prefixes
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.run_metadata import MAX_TAG_LENGTH, SHARDS_TAG
-from ser_ray.tracking.store import LOCAL_STORE, as_tracking_error, connect, resolve_uri
+from ser_ray.tracking.store import (
+    LOCAL_STORE,
+    as_tracking_error,
+    connect,
+    is_looked_up,
+    resolve_uri,
+)
 from ser_ray.tracking.tracker import flatten, model_id_of
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
 from ser_ray.training.checkpoint_card import CheckpointCard
@@ -66,14 +72,12 @@ def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
         ConfigError: no filesystem can open the folder's URI.
     """
     location = str(model)
-    is_in_mlflow = location.startswith(("models:/", "runs:/"))
-    if is_in_mlflow or not ("/" in location or Path(location).exists()):
-        run_folder = LOCAL_STORE / "runs" / location
-        if is_in_mlflow or not run_folder.is_dir():
-            with TemporaryDirectory() as folder:
-                yield fetch_checkpoint(location, tracking_uri, Path(folder))
-            return
-        location = str(run_folder)
+    if is_looked_up(location):
+        with TemporaryDirectory() as folder:
+            yield fetch_checkpoint(location, tracking_uri, Path(folder))
+        return
+    if not ("/" in location or Path(location).exists()):
+        location = str(LOCAL_STORE / "runs" / location)
     with local_checkpoint(location) as checkpoint:
         yield checkpoint
 

@@ -122,6 +122,17 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     return client
 
 
+def is_looked_up(model: str) -> bool:
+    """Return whether the name of a model is looked up in the tracking store.
+
+    If not, it is a location, or the name of a run in LOCAL_STORE.
+    """
+    if model.startswith(("models:/", "runs:/")):
+        return True
+    is_location = "/" in model or Path(model).exists()
+    return not (is_location or (LOCAL_STORE / "runs" / model).is_dir())
+
+
 def require_server(tracking_uri: str) -> None:
     """Check that a tracking server answers, before slow work begins. Skip local databases.
 

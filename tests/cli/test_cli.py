@@ -146,13 +146,31 @@ def test_dry_run_prints_what_would_run(capsys):
         ("pipeline", "in this process, without Ray"),
         ("pipeline --workers 2", "on Ray, started on this machine"),
         ("tune", "on Ray, started on this machine"),
-        ("predict a.wav --model m", None),
+        ("predict a.wav --model ./m", None),
     ],
 )
 def test_dry_run_says_where_a_training_runs(command, place, capsys, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main([*command.split(), "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out).get("trains") == place
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict a.wav --model models:/ser-ray@champion",
+        "evaluate runs:/0f/model",
+        "evaluate ./m --against 0f",
+        "export mel-fold0",
+        "register 0f",
+    ],
+)
+def test_dry_run_says_that_the_store_of_a_model_is_missing(command, capsys, in_tmp):
+    assert main([*command.split(), "--dry-run"]) == 2
+    output, error = capsys.readouterr()
+    assert f"{in_tmp}/ser-ray-out/mlflow.db: there is no such MLflow store" in error
+    assert not output
+    assert not list(in_tmp.iterdir())
 
 
 def test_dry_run_on_the_synthetic_corpus_shows_its_recipe_and_keeps_the_flags_given(capsys):
