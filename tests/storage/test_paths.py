@@ -240,12 +240,12 @@ def test_a_path_that_no_file_can_have_is_described_in_our_words() -> None:
 
 def test_the_root_of_a_filesystem_and_chains_have_locations_inside(tmp_path):
     """fsspec opens an archive, a cache and a filesystem whose root holds the files."""
-    archive = f"{tmp_path}/a.zip"
+    archive, folder = f"{tmp_path}/a.zip", uuid.uuid4().hex  # other tests write into memory:// too
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("t.csv", "table")
-        file.writestr("clips/1.wav", "clip")
+        file.writestr(f"{folder}/1.wav", "clip")
     memory = f"memory://{uuid.uuid4().hex}"
-    for name in ("t.csv", "clips/1.wav"):
+    for name in ("t.csv", f"{folder}/1.wav"):
         write(f"{memory}/{name}", b"clip")
         write(f"memory://{name}", b"clip")
     for start, end in (
@@ -253,8 +253,8 @@ def test_the_root_of_a_filesystem_and_chains_have_locations_inside(tmp_path):
         *((f"simplecache::{memory}/", ""), ("memory://", ""), ("memory:///", "")),
     ):
         table = f"{start}t.csv{end}"
-        clip = f"{start}clips/1.wav{end}"
-        assert location_inside(folder_of(table), "clips/1.wav") == clip
-        assert location_inside(folder_of(clip), "../clips/1.wav") == clip
+        clip = f"{start}{folder}/1.wav{end}"
+        assert location_inside(folder_of(table), f"{folder}/1.wav") == clip
+        assert location_inside(folder_of(clip), f"../{folder}/1.wav") == clip
         assert [file.location for file in list_files(folder_of(clip))] == [clip]
-        assert read(location_inside(folder_of(table), "clips/1.wav")) == b"clip"
+        assert read(location_inside(folder_of(table), f"{folder}/1.wav")) == b"clip"
