@@ -8,6 +8,7 @@ import pytest
 
 from ser_ray import api
 from ser_ray.cli.main import VERBS, main
+from ser_ray.tracking import database
 from ser_ray.training.recipe import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ def test_the_readmes_show_every_verb():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_a_readme_parses(command, capsys, monkeypatch):
     monkeypatch.setattr(api, "recipe_like", lambda run_id, uri: TrainConfig())
+    monkeypatch.setattr(database, "require_database", lambda uri: None)  # models are looked up
     verb, *arguments = shlex.split(command, comments=True)
     named = {"predict": ["--model", "M"], "prepare": ["--corpus", "C", "--shards", "S"]}
     missing = [] if arguments else named.get(verb, ["M"] if verb in ("evaluate", "export") else [])
