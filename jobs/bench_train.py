@@ -153,7 +153,9 @@ def bare(bench: Bench, started: float, workers: int = 1) -> Timing:
 
 def num_threads(workers: int = 1) -> int:
     """Return the number of threads of a worker, as `train` chooses it on one machine."""
-    return int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // workers, 1))
+    from ser_ray.cluster.resources import openmp_threads
+
+    return openmp_threads() or max((os.cpu_count() or 1) // workers, 1)
 
 
 def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: str) -> None:

@@ -109,7 +109,7 @@ def _run(verb: Verb) -> int:
 
 
 def _discard_unwritten() -> None:
-    """Drop output that cannot be written, because Python would try again when it exits."""
+    """Discard output that cannot be written. Otherwise Python would write it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

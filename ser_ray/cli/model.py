@@ -47,10 +47,10 @@ class ModelVerb(Verb):
     def check(self) -> None:
         """Check that the store exists if a model is looked up in it."""
         from ser_ray.tracking.database import require_database
-        from ser_ray.tracking.store import is_looked_up, resolve_uri
+        from ser_ray.tracking.store import model_location, resolve_uri
 
         models = [getattr(self, name) for name in self.names]
-        if any(model and is_looked_up(model) for model in models):
+        if any(model and not model_location(model) for model in models):
             require_database(resolve_uri(self.tracking_uri))
 
 

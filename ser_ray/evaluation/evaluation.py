@@ -109,6 +109,11 @@ class Evaluation:
         paths, starts = (self.predictions[name].to_pylist() for name in ("path", "start"))
         return [f"{path} {start}" for path, start in zip(paths, starts, strict=True)]
 
+    @property
+    def num_clips(self) -> int:
+        """Number of clips. A clip that several seeds scored counts once."""
+        return len(set(self.clips))
+
     @cached_property
     def scores(self) -> Scores:
         """The scores of all clips. The clips of several seeds are scored together."""
@@ -178,8 +183,8 @@ class Evaluation:
             corpus = replace(self, predictions=self.predictions.filter(pc.equal(names, name)))
             scores = {score: corpus.mean(score) for score in ("wa", "ua")}
             low, high = corpus.intervals.ua
-            clips = len(set(corpus.clips))
-            rows.append({"corpus": name, "clips": clips, **scores, "ua_low": low, "ua_high": high})
+            row = {"corpus": name, "clips": corpus.num_clips, **scores}
+            rows.append(row | {"ua_low": low, "ua_high": high})
         return rows
 
     @property
@@ -324,11 +329,11 @@ def group_rows(
         predicted: index of the predicted label [rows].
     """
     num_labels = int(max(truth.max(), predicted.max())) + 1
-    rows = []
+    rows, group_of, clip_of = [], np.asarray(groups), np.asarray(clips)
     for group in sorted(set(groups)):
-        in_group = np.asarray(groups) == group
+        in_group = group_of == group
         confusion = count_confusion(truth[in_group], predicted[in_group], num_labels)
         scores = Scores(confusion, loss=0.0)
-        num_clips = len(set(np.asarray(clips)[in_group]))
+        num_clips = len(set(clip_of[in_group]))
         rows.append({kind: group, "clips": num_clips, "wa": scores.wa, "ua": scores.ua})
     return rows

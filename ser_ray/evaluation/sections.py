@@ -93,7 +93,7 @@ def part_values(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     labels = evaluation.card.labels
     scores = {title: evaluation.mean(name) for name, title in SCORES.items()}
     confusions = [scores.confusion for scores in evaluation.by_seed.values()]
-    where = f"{evaluation.measured_on}, {len(set(evaluation.clips))} clips"
+    where = f"{evaluation.measured_on}, {evaluation.num_clips} clips"
     base = confusion_values(evaluation.part, where, confusions, labels, scores)
     calibration, uncalibrated = evaluation.calibration, evaluation.uncalibrated
     has_temperature = evaluation.card.temperature != 1

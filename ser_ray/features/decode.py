@@ -251,7 +251,8 @@ class _Chunk(NamedTuple):
     start: int
     """Position of the first byte of samples."""
     declared: int
-    """Number of bytes that the header declares; at least `held` if it is UNKNOWN_LENGTH or more."""
+    """Number of bytes that the header declares. If it declares UNKNOWN_LENGTH or more, this is the
+    number in the chunk `ds64` or, if greater, the number of bytes up to the end of the file."""
     held: int
     """Number of these bytes that are in the file."""
 

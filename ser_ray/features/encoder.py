@@ -17,7 +17,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -268,11 +268,11 @@ def local_file(location: str) -> Iterator[Path]:
         EncoderError: the file does not exist, or its storage does not answer.
     """
     filesystem, path = filesystem_of(location)
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(path)
+    local = Path(path)
+    with ExitStack() as stack:
         try:
             if not isinstance(filesystem, fs.LocalFileSystem):
-                local = Path(folder, local.name)
+                local = Path(stack.enter_context(tempfile.TemporaryDirectory()), local.name)
                 fs.copy_files(path, str(local), source_filesystem=filesystem)
             elif not local.is_file():
                 raise FileNotFoundError("no such file")

@@ -199,16 +199,16 @@ class _Timeline:
         return np.concatenate([np.empty(0, np.float32), *self._mixed])
 
 
-class _Place:
-    """Where the packets of a stream are in the file."""
+class _Coverage:
+    """Which bytes of the file the packets of a stream cover."""
 
     def __init__(self) -> None:
         self.num_packets = self.longest_gap = 0
         self.end = 1
         """Number of bytes up to the end of the last packet. It is a divisor, so it starts at 1."""
 
-    def append(self, packet: "av.Packet[av.AudioStream]") -> int:
-        """Append a packet, and return the number of bytes between it and the packet before it."""
+    def add(self, packet: "av.Packet[av.AudioStream]") -> int:
+        """Add the next packet, and return how many bytes lie between it and the previous one."""
         start = packet.pos or 0
         gap = max(start - self.end, 0) if self.num_packets else 0
         self.longest_gap = max(self.longest_gap, gap)
@@ -236,9 +236,9 @@ def _decode_packets(
     checks = "crccheck+explode" if codec in CHECKED else "crccheck"
     stream.codec_context.options = {"err_detect": checks}  # otherwise, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
-    place, num_bytes, skipped = _Place(), 0, 0.0
+    covered, num_bytes, skipped = _Coverage(), 0, 0.0
     for packet in _packets(clip, stream):
-        num_read, unread = place.end, place.append(packet)
+        num_read, unread = covered.end, covered.add(packet)
         if packet.is_corrupt:  # in MPEG transport streams: packets before it are missing
             unread = clip.size
         if PAUSES not in name:
@@ -261,7 +261,7 @@ def _decode_packets(
     # The last damaged packets may be a tag after the sound, so at most GAP_SECONDS count as lost.
     sound.append_silence(min(skipped, GAP_SECONDS), is_lost=True)
     lost = sound.num_lost / sound.sample_rate
-    lost += _lost_end_seconds(clip, stream, source, sound, place, num_frames)
+    lost += _lost_end_seconds(clip, stream, source, sound, covered, num_frames)
     return Decoded(sound.samples(), sound.sample_rate, lost, sound.decoded_seconds)
 
 
@@ -270,7 +270,7 @@ def _lost_end_seconds(
     stream: av.AudioStream,
     source: str | BinaryIO,
     sound: _Timeline,
-    place: _Place,
+    covered: _Coverage,
     num_frames: int,
 ) -> float:
     """Return how many seconds are missing after the last frame.
@@ -285,14 +285,16 @@ def _lost_end_seconds(
     missing = declared - seconds
     if MISSING_SECONDS < missing <= sound.max_seconds - seconds:  # if longer, the header is wrong
         lost = missing
-    is_fragmented = PAUSES in clip.format.name and place.num_packets > stream.frames
+    is_fragmented = PAUSES in clip.format.name and covered.num_packets > stream.frames
     if is_fragmented or (is_single_ogg and last is None):
         # FFmpeg stops at a damaged fragment of an mp4, and where the sample rate of a chained ogg
-        # changes, so the rest of the file is lost. But the index of the fragments or packets of
-        # other streams may also follow the last packet.
-        allowed = _index_bytes(source) + 2 * place.longest_gap if is_fragmented else OGG_PAGE_BYTES
-        if (unread := clip.size - place.end) > allowed:
-            lost += sound.decoded_seconds * unread / place.end
+        # changes. The rest of the file is then lost, except for the index of the fragments, and for
+        # packets of other streams, which may be as long as the gaps between earlier packets.
+        allowed = OGG_PAGE_BYTES
+        if is_fragmented:
+            allowed = _index_bytes(source) + 2 * covered.longest_gap
+        if (unread := clip.size - covered.end) > allowed:
+            lost += sound.decoded_seconds * unread / covered.end
     return lost
 
 

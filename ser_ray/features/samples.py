@@ -78,18 +78,17 @@ def silence_impossible(sound: Decoded) -> Decoded:
     if samples.dtype == np.int16 or is_possible(samples):
         return sound
     size = np.abs(samples)
-    num_beyond = np.count_nonzero((size > INTEGER_PEAK) & np.isfinite(size))
-    num_large = np.count_nonzero((size > MAX_PEAK) & np.isfinite(size))
-    num_sounding = np.count_nonzero(size)
-    if (
-        num_beyond <= num_large * MIN_INTEGER_SHARE
-        and num_large >= num_sounding * MIN_INTEGER_SHARE
-    ):
-        is_damaged = ~(size <= INTEGER_PEAK)
+    finite, num_sounding = size[np.isfinite(size)], np.count_nonzero(size)
+    num_large, num_beyond = (np.count_nonzero(finite > peak) for peak in (MAX_PEAK, INTEGER_PEAK))
+    has_few_beyond = num_beyond <= num_large * MIN_INTEGER_SHARE
+    has_many_large = num_large >= num_sounding * MIN_INTEGER_SHARE
+    if has_few_beyond and has_many_large:  # 16-bit values
+        largest = INTEGER_PEAK
     elif num_large <= num_sounding / 2:
-        is_damaged = ~(size <= MAX_PEAK)
+        largest = MAX_PEAK
     else:
-        is_damaged = ~np.isfinite(size)
+        largest = float(np.finfo(np.float32).max)
+    is_damaged = ~(size <= largest)  # NaN is damaged too
     # Add the samples between two damaged samples that are close to each other.
     places = np.flatnonzero(is_damaged)
     is_close = np.diff(places) <= MAX_BETWEEN + 1

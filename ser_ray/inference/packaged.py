@@ -36,7 +36,7 @@ _REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "a
                 "safetensors", "pandas")  # fmt: skip
 """The packages that every model needs."""
 
-KINDS = ("path", "audio", "waveform")
+RECORDING_COLUMNS = ("path", "audio", "waveform")
 """The input columns that can hold a recording. A row has a value in exactly one of them."""
 WAVEFORM_RATE = 16_000.0
 """Sample rate of a waveform in hertz if the row gives no rate."""
@@ -96,7 +96,7 @@ class PackagedModel:
         }
 
     def _predict(self, row: dict[Any, Any]) -> Prediction:
-        kinds = [kind for kind in KINDS if kind in row]
+        kinds = [kind for kind in RECORDING_COLUMNS if kind in row]
         if len(kinds) != 1:
             found = " and ".join(kinds) or "a value in none of path, audio and waveform"
             raise ClipError("unreadable", f"the row has {found}; {ROW_FORMAT}")
@@ -141,7 +141,7 @@ def _one_row_per_recording(rows: "pd.DataFrame") -> "pd.DataFrame":
     each number in a list (a sample of a waveform, or a byte of a file). Here each path becomes a
     row, and the numbers become one row. A list of bytes is refused later, with one answer for all.
     """
-    kinds = [name for name in KINDS if name in rows and rows[name].notna().any()]
+    kinds = [name for name in RECORDING_COLUMNS if name in rows and rows[name].notna().any()]
     if len(kinds) != 1:
         return rows
     cells = rows[kinds[0]]

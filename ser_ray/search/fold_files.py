@@ -19,7 +19,7 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.training.checkpoint import CARD, MODEL
-from ser_ray.training.checkpoint_card import CheckpointCard
+from ser_ray.training.checkpoint_card import CARD_ERRORS, CheckpointCard
 from ser_ray.training.recipe import TrainConfig
 
 PREDICTIONS = "predictions.parquet"
@@ -76,7 +76,7 @@ def read_fold(part: Part, location: str, trial: TrialRecord, tracking_uri: str) 
         with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
             card = CheckpointCard.from_json(stream.read().decode())
         predictions = pq.read_table(f"{path}/{PREDICTIONS}", filesystem=filesystem)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, *CARD_ERRORS) as error:
         raise CheckpointError(
             f"{folder}: the files of this finished fold are missing or cannot be read "
             f"({first_line(error)}); restore them, or give another --name to train the folds again"

@@ -183,8 +183,8 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
     names = {corpus.fingerprint: corpus.name for corpus in known}
     kinds = {shards.card.corpus for shards in sets} - {"table"}
     named: dict[str, ShardSet] = {}
-    # Known corpora come first, because the error asks to rename the folder of the later corpus, and
-    # the name of a known corpus does not depend on its folder.
+    # The error asks to rename the folder of the later corpus. Known corpora come first, because
+    # renaming their folders would not change their names.
     for shards in sorted(sets, key=lambda shards: shards.card.fingerprint not in names):
         name = names.get(shards.card.fingerprint, corpus_name(shards.uri))
         if name in named or (shards.card.corpus == "table" and name in kinds):

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import decode
@@ -24,8 +23,15 @@ from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.grouping import in_groups
 from ser_ray.shards.digest import sample_digest
-from ser_ray.shards.layout import clips_name, feature_column, feature_name, read_table, write_table
-from ser_ray.storage.paths import filesystem_of, location_inside
+from ser_ray.shards.layout import (
+    DamagedFileError,
+    clips_name,
+    feature_column,
+    feature_name,
+    read_schema,
+    read_table,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
@@ -48,15 +54,10 @@ def is_current(shards: str, number: int, features: FeatureConfig, encoder: Encod
         DamagedFileError: the clips of the shard are damaged.
     """
     key = _column_key(read_table(shards, clips_name(number), KEYED), features, encoder)
-    filesystem, path = filesystem_of(location_inside(shards, feature_name(encoder.name, number)))
     try:
-        schema = pq.read_schema(path, filesystem=filesystem)
-    except pa.ArrowException:
+        schema = read_schema(shards, feature_name(encoder.name, number))
+    except DamagedFileError:
         return False
-    except OSError as error:
-        if error.errno or "://" in shards:
-            raise
-        return False  # not a Parquet file
     return bool((schema.metadata or {}).get(KEY, b"").decode() == key)
 
 

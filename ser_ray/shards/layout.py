@@ -18,6 +18,7 @@ stores them as nested lists with a definition level for every number.
 import contextlib
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from pyarrow import fs
 from ser_ray.errors import ShardsError, first_line
 from ser_ray.features.config import KINDS
 from ser_ray.storage.atomic import atomic_write
-from ser_ray.storage.paths import filesystem_of, location_inside
+from ser_ray.storage.paths import filesystem_of, is_storage_failure, location_inside
 
 CARD_NAME = "card.json"
 CLIPS, OUTCOMES, ENCODERS = "clips", "outcomes", "encoders"
@@ -84,12 +85,24 @@ def read_table(shards: str, name: str, columns: list[str] | None = None) -> pa.T
         OSError: the file does not exist, or the storage failed.
     """
     filesystem, path = filesystem_of(location_inside(shards, name))
-    try:
+    with _naming_damage(shards, name):
         return pq.read_table(path, columns=columns, filesystem=filesystem)
+
+
+def read_schema(shards: str, name: str) -> pa.Schema:
+    """Read the schema of a Parquet file of the shard set. Arguments and errors as `read_table`."""
+    filesystem, path = filesystem_of(location_inside(shards, name))
+    with _naming_damage(shards, name):
+        return pq.read_schema(path, filesystem=filesystem)
+
+
+@contextlib.contextmanager
+def _naming_damage(shards: str, name: str) -> Iterator[None]:
+    """Convert the errors of pyarrow for a damaged file to DamagedFileError."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        # pyarrow also raises OSError for damaged content, but without a number. In a bucket, an
-        # OSError may be temporary.
-        if isinstance(error, OSError) and (error.errno or "://" in shards):
+        if isinstance(error, OSError) and is_storage_failure(error, shards):
             raise
         raise DamagedFileError(f"{name} is damaged ({first_line(error)}), so delete it") from error
 

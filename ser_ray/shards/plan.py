@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pyarrow import fs
 
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, ORDER, replace_column
 from ser_ray.corpus.tables.clips import clip_keys
@@ -32,7 +30,6 @@ from ser_ray.features.config import FeatureConfig
 from ser_ray.shards import layout
 from ser_ray.shards.digest import file_digest
 from ser_ray.storage.json_text import read_object
-from ser_ray.storage.paths import filesystem_of, location_inside
 
 SHARDS_OF_SMALL_CORPUS = 16
 """A corpus that would fit into fewer shards is divided into about this many, so that several cores
@@ -120,10 +117,9 @@ def read_committed(shards: str) -> dict[int, CommittedShard]:
     """
 
     def read_shard(number: int) -> CommittedShard | None:
-        filesystem, path = filesystem_of(location_inside(shards, layout.clips_name(number)))
         try:
             files = layout.read_table(shards, layout.outcomes_name(number))
-            pq.read_schema(path, filesystem=filesystem)
+            layout.read_schema(shards, layout.clips_name(number))
             metadata = files.schema.metadata or {}
             features = FeatureConfig(**read_object(metadata[FEATURES]))
             files = files.replace_schema_metadata(None)
@@ -131,14 +127,14 @@ def read_committed(shards: str) -> dict[int, CommittedShard]:
                 return None
             files = files.drop_columns(["status", "reason"])
             return CommittedShard(files, metadata[KEY].decode(), features)
-        except (FileNotFoundError, layout.DamagedFileError, pa.ArrowException):
+        except (FileNotFoundError, layout.DamagedFileError):
             return None
         except (ValueError, KeyError, TypeError, ConfigError):  # other columns or metadata
             return None
         except OSError:
-            if not isinstance(filesystem, fs.LocalFileSystem):
+            if "://" in shards:
                 raise  # the error may be temporary
-            return None  # not a Parquet file
+            return None  # cannot be read
 
     names = "\n".join(layout.names_in(shards, layout.OUTCOMES) or ())
     numbers = sorted(map(int, re.findall(r"/shard-(\d+)\.parquet$", names, re.MULTILINE)))

@@ -71,6 +71,15 @@ def read_file(location: str) -> bytes:
         return bytes(file.read())
 
 
+def is_storage_failure(error: OSError, location: str) -> bool:
+    """Return whether pyarrow raised an error because the storage failed, not because of damage.
+
+    For damaged content, pyarrow raises an OSError without a number. For a bucket, such an error may
+    also be temporary, so it counts as a failure of the storage.
+    """
+    return bool(error.errno) or "://" in location
+
+
 def as_utf8(path: str) -> str:
     r"""Replace bytes that are not UTF-8 by text like `\xff`, because tables store only UTF-8."""
     try:

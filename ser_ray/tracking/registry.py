@@ -23,10 +23,9 @@ from ser_ray.shards.card import UsedCorpus, have_prefixes
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.run_metadata import MAX_TAG_LENGTH, SHARDS_TAG
 from ser_ray.tracking.store import (
-    LOCAL_STORE,
     as_tracking_error,
     connect,
-    is_looked_up,
+    model_location,
     resolve_uri,
 )
 from ser_ray.tracking.tracker import flatten, model_id_of
@@ -71,15 +70,12 @@ def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
         CheckpointError: the folder cannot be read.
         ConfigError: no filesystem can open the folder's URI.
     """
-    location = str(model)
-    if is_looked_up(location):
-        with TemporaryDirectory() as folder:
-            yield fetch_checkpoint(location, tracking_uri, Path(folder))
+    if location := model_location(str(model)):
+        with local_checkpoint(location) as checkpoint:
+            yield checkpoint
         return
-    if not ("/" in location or Path(location).exists()):
-        location = str(LOCAL_STORE / "runs" / location)
-    with local_checkpoint(location) as checkpoint:
-        yield checkpoint
+    with TemporaryDirectory() as folder:
+        yield fetch_checkpoint(str(model), tracking_uri, Path(folder))
 
 
 def read_initial_weights(
@@ -424,7 +420,7 @@ def register_model(
 def _shortened(card: str) -> str:
     """Return a model card that every store accepts as a description.
 
-    The middle of a longer card is left out, because the end states the model's limits and licence.
+    A longer card loses its middle, because its end states the limits and the licence of the model.
     """
     if len(card) <= MAX_TAG_LENGTH:
         return card

@@ -162,9 +162,9 @@ def model_signature(labels: Sequence[str]) -> Any:
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType
 
-    from ser_ray.inference.packaged import TEXT_COLUMNS, probability_column
+    from ser_ray.inference.packaged import RECORDING_COLUMNS, TEXT_COLUMNS, probability_column
 
-    inputs = ("path", "audio", "waveform", "sample_rate")
+    inputs = (*RECORDING_COLUMNS, "sample_rate")
     # A recording that cannot be scored has no probabilities.
     names = map(probability_column, labels)
     probabilities = [ColSpec("double", name, required=False) for name in names]

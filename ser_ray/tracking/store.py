@@ -122,15 +122,17 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     return client
 
 
-def is_looked_up(model: str) -> bool:
-    """Return whether the name of a model is looked up in the tracking store.
+def model_location(model: str) -> str:
+    """Return the location of a model: its own, or that of a run of this name in LOCAL_STORE.
 
-    If not, it is a location, or the name of a run in LOCAL_STORE.
+    The result is empty if the model must be looked up in the tracking store.
     """
     if model.startswith(("models:/", "runs:/")):
-        return True
-    is_location = "/" in model or Path(model).exists()
-    return not (is_location or (LOCAL_STORE / "runs" / model).is_dir())
+        return ""
+    if "/" in model or Path(model).exists():
+        return model
+    run_folder = LOCAL_STORE / "runs" / model
+    return str(run_folder) if run_folder.is_dir() else ""
 
 
 def require_server(tracking_uri: str) -> None:

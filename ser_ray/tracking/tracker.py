@@ -344,10 +344,10 @@ class Tracker:
             self._client.set_terminated(self.run_id, status)
 
     def abandon(self, error: BaseException) -> None:
-        """Close the run after an error: as KILLED if the process was stopped, else as FAILED.
+        """Close the run after an error.
 
-        If another process has taken over the run's folder, that process uses the run, so the run
-        stays open.
+        The status is KILLED if the process was stopped, and FAILED otherwise. The run stays open if
+        another process has taken over its folder, because that process now uses the run.
         """
         if isinstance(error, LockLostError):
             return

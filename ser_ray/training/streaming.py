@@ -138,8 +138,8 @@ class Reader:
     @property
     def clips_at_once(self) -> int:
         """Number of clips that fit into READ_BYTES; at least 1."""
-        num_bins = self.shards.card.num_bins(self.kind)
-        return max(READ_BYTES // clip_bytes(num_bins, self.num_frames), 1)
+        num_values = self.shards.card.num_bins(self.kind) * int(self.num_frames.max(initial=1))
+        return max(READ_BYTES // (num_values * np.dtype(np.float16).itemsize), 1)
 
     def sum_frames(self, clips: np.ndarray) -> np.ndarray:
         """Return the `frame_sums` of training clips [1, 2, bins]."""
@@ -247,11 +247,6 @@ def resident_bytes(shards: ShardSet, recipe: TrainConfig) -> int:
     validation, _ = windows_of(table["window"].to_numpy(), split.validation)
     num_values = math.prod(shards.card.shape_of(recipe.feature))
     return (len(split.train) + len(validation)) * num_values * np.dtype(np.float16).itemsize
-
-
-def clip_bytes(num_bins: int, num_frames: np.ndarray) -> int:
-    """Return how much memory each clip needs if all are padded to the longest `num_frames`."""
-    return num_bins * int(num_frames.max(initial=1)) * np.dtype(np.float16).itemsize
 
 
 def _measure_normalisation(

@@ -152,6 +152,16 @@ def test_a_finished_fold_whose_files_were_deleted_is_an_error_that_names_the_fol
         read_fold("test", str(tmp_path / "cv"), trial, "sqlite:///here")
 
 
+@pytest.mark.parametrize("card", ["", "[]", "{}", '{"schema_version": 1}'])
+def test_a_finished_fold_with_a_damaged_card_is_the_same_error(tmp_path, card):
+    folder = tmp_path / "cv" / "models" / "fold0-seed0"
+    folder.mkdir(parents=True)
+    (folder / "card.json").write_text(card)
+    trial = TrialRecord("a", 1, {}, RECIPE, state="finished")
+    with pytest.raises(CheckpointError):
+        read_fold("test", str(tmp_path / "cv"), trial, "sqlite:///here")
+
+
 def test_the_error_about_a_failed_fold_names_it_and_the_way_out():
     trial = TrialRecord("a", 1, {}, replace(RECIPE, fold=3, seed=2), state="failed", problem="full")
     with pytest.raises(

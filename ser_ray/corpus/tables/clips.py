@@ -7,6 +7,7 @@ begin with `~`.
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +48,14 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     """
     paths = rows["path"].to_pylist()
     insides = rows[FOLDER].to_pylist() if FOLDER in rows.column_names else [""] * len(rows)
-    files: dict[tuple[str, str], ListedFile] = {}
-    for inside in dict.fromkeys(insides):
-        own = dict.fromkeys(p for p, other in zip(paths, insides, strict=True) if other == inside)
-        files |= {(inside, path): file for path, file in _find_files(folder, inside, list(own))}
+    paths_of = defaultdict(list)
+    for inside, path in dict.fromkeys(zip(insides, paths, strict=True)):
+        paths_of[inside].append(path)
+    files = {
+        (inside, path): file
+        for inside, own in paths_of.items()
+        for path, file in _find_files(folder, inside, own)
+    }
     found = [files[key] for key in zip(insides, paths, strict=True)]
     locations = [file.location for file in found]
     for row, location in enumerate(locations, start=1):

@@ -20,7 +20,7 @@ from ser_ray.corpus.tables.files import FOLDER, TEXT_SUFFIXES, TableError, as_te
 from ser_ray.corpus.tables.formats import read_any
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, PARTS, shorten
 from ser_ray.errors import CorpusError
-from ser_ray.storage.paths import printable
+from ser_ray.storage.paths import is_storage_failure, printable
 
 _REQUIRED = ("path", "label", "speaker")
 _BEFORE = r"((segment|seg|clip|utterance|utt|turn|audio|speech|time|timestamp)[\W_]*)?"
@@ -106,8 +106,8 @@ def _read_columns(
     except (
         pa.ArrowException, AttributeError, LookupError, ValueError, TypeError, OSError, csv.Error
     ) as error:  # fmt: skip
-        if isinstance(error, OSError) and (error.errno or "://" in source):
-            raise  # pyarrow also raises OSError for damaged content, but without a number
+        if isinstance(error, OSError) and is_storage_failure(error, source):
+            raise
         if isinstance(error, TableError):
             reason = str(error)
         elif isinstance(error, KeyError):

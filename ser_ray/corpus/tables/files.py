@@ -142,12 +142,14 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
 
 def _without_blank_rows(table: pa.Table) -> pa.Table:
     """Remove rows without any value. Spreadsheets write rows that only have separators."""
-    rows = pa.array(np.arange(len(table)))
+    blank = pa.array(np.arange(len(table)))
     for column in table.columns:
-        if len(rows) == 0:
+        if len(blank) == 0:
             return table
-        rows = rows.filter(pc.equal(pc.utf8_trim_whitespace(column.take(rows)), ""))
-    return table.filter(pc.invert(pc.is_in(pa.array(np.arange(len(table))), value_set=rows)))
+        blank = blank.filter(pc.equal(pc.utf8_trim_whitespace(column.take(blank)), ""))
+    is_kept = np.ones(len(table), bool)
+    is_kept[blank.to_numpy()] = False
+    return table.filter(pa.array(is_kept))
 
 
 def _require_closed_quotes(text: str, separator: str) -> None:
