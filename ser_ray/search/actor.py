@@ -3,7 +3,8 @@
 The trial trains exactly as `ser-ray train` does, and reports every epoch to Ray Tune. Every report
 holds all epochs of the trial, so a later driver finds them in Ray Tune's snapshot. A report
 includes a checkpoint if the last one, or the start of the process, is at least `CHECKPOINT_SECONDS`
-ago. An interrupted trial resumes from its last checkpoint, or starts again if there is none.
+ago. An interrupted trial resumes from its last checkpoint, or starts again if there is none. A
+trial that an earlier study has already trained takes over its results.
 """
 
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyarrow import fs
@@ -22,7 +23,7 @@ from ray import tune
 from ser_ray.errors import is_permanent
 from ser_ray.search.space import recipe_with
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.checkpoint import SELECTED, STATE, read_progress
+from ser_ray.training.checkpoint import SELECTED, STATE, local_checkpoint, read_progress
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained
 from ser_ray.training.recipe import TrainConfig
@@ -38,6 +39,16 @@ Finish = Callable[[Path, ShardSet, TrainConfig], None]
 recipe."""
 
 
+class TrainedTrial(NamedTuple):
+    """A training of an earlier study."""
+
+    recipe: TrainConfig
+    report: dict[str, Any]
+    """The trial's last report."""
+    checkpoint: str
+    """Folder of its selected checkpoint."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialSetup:
     """The recipe, data and weights that all trials of a study share."""
@@ -49,6 +60,8 @@ class TrialSetup:
     """Initial weights, for every value of `TrainConfig.weights` that a trial may have."""
     finish: Finish | None = None
     """None in a search, because its trials do not store their weights."""
+    trained: Sequence[TrainedTrial] = ()
+    """Trainings of an earlier study. A trial with the same recipe is not trained again."""
 
 
 def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list[float]:
@@ -94,6 +107,13 @@ def _train(
 ) -> None:
     torch.set_num_threads(int(resources["CPU"]))
     device = torch.device("cuda" if "GPU" in resources else "cpu")
+    for trained in setup.trained:
+        if trained.recipe == recipe:
+            with local_checkpoint(trained.checkpoint) as directory:
+                shutil.copytree(directory, reporter.selected)
+            reporter.reported |= trained.report
+            tune.report(dict(reporter.reported))
+            return
     pretrained = setup.pretrained[recipe.weights]
     checkpoint = tune.get_checkpoint()
     # Ray Tune's snapshot may name a checkpoint that was deleted after its trial had ended.

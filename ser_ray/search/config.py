@@ -72,7 +72,8 @@ class CrossvalConfig:
     """Folds to train. By default, all folds of the protocol."""
     part: Literal["test", "validation"] = "test"
     """Part of each fold to score. Score the validation parts to choose between recipes, without
-    reading any test part. Then score the test parts once, with the final recipe."""
+    reading any test part. Then score the test parts once, with the final recipe: networks that were
+    trained for the validation parts are not trained again."""
     under: tuple[Condition, ...] = ()
     """Also score the clips under simulated recording conditions: noise, a phone, a codec, the echo
     of a room, or a different loudness. The clips' files are decoded again."""

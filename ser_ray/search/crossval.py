@@ -8,8 +8,10 @@ the checkpoints. The same command resumes an interrupted cross-validation and tr
 again.
 
 To choose between recipes, `--part validation` scores the validation parts and reads no test part.
+If the test parts are scored later, the same networks are used, and nothing is trained again.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,21 +24,21 @@ from ser_ray.corpus.folds import ALL, DEPENDENCE, num_folds
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.evaluation.evaluation import REPORT, SCORES
+from ser_ray.evaluation.evaluation import REPORT, SCORES, Part
 from ser_ray.evaluation.pages import crossval_page
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.robustness import predict_conditions, score_under
 from ser_ray.evaluation.to_mlflow import record_evaluation
 from ser_ray.inference.predictor import Predictor
 from ser_ray.plots.scores import confusion_figure
-from ser_ray.search.actor import TrialSetup
+from ser_ray.search.actor import OBJECTIVE, TrainedTrial, TrialSetup, objectives
 from ser_ray.search.config import CrossvalConfig, SlotConfig
 from ser_ray.search.crossval_result import CrossvalPlan, CrossvalResult, pool
-from ser_ray.search.fold_files import fold_folder, score_and_store_fold
+from ser_ray.search.fold_files import fold_folder, has_checkpoint, score_and_store_fold
 from ser_ray.search.open_study import open_study
 from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
-from ser_ray.search.trial import TrialRecord, best_of
+from ser_ray.search.trial import TrialRecord, best_of, read_records
 from ser_ray.search.tune_run import RetryFailed, points_arguments
 from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
@@ -47,6 +49,8 @@ from ser_ray.training.checkpoint import copy_encoder, local_checkpoint, read_car
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def plan_crossval(
@@ -106,6 +110,7 @@ def crossval(
         shards=plan.shards,
         pretrained={recipe.weights: weights},
         finish=partial(score_and_store_fold, folder=folder.location, part=config.part),
+        trained=trained_for_other_part(plan, run.storage),
     )
     with open_study(
         "cross-validation",
@@ -153,6 +158,32 @@ def crossval_name(plan: CrossvalPlan) -> str:
     identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint_of(recipe.feature)}{config.part}"
     kind = "crossval" if config.part == "test" else "validation"
     return f"{kind}-{recipe.feature}-{recipe.protocol}-{short_digest(identity)}"
+
+
+def trained_for_other_part(plan: CrossvalPlan, storage: str) -> list[TrainedTrial]:
+    """Return the trainings of the same recipe in a cross-validation that scores the other part.
+
+    Args:
+        plan: the planned trainings.
+        storage: folder of all runs, in which that cross-validation has its default name.
+    """
+    part: Part = "validation" if plan.config.part == "test" else "test"
+    name = crossval_name(replace(plan, config=replace(plan.config, part=part)))
+    folder = RunFolder(absolute(storage), name)
+    finished = [trial for trial in read_records(folder, plan.recipe) if trial.state == "finished"]
+    trained = [
+        TrainedTrial(
+            trial.recipe,
+            trial.report | {OBJECTIVE: objectives(trial.rows, trial.recipe)[-1]},
+            fold_folder(folder.location, trial.recipe),
+        )
+        for trial in finished
+        if trial.values in plan.points and has_checkpoint(folder.location, trial.recipe)
+    ]
+    if trained:
+        count = f"{len(trained)} of {len(plan.points)}"
+        logger.info("%-12s %s, already trained for their %s parts", "taken over", count, part)
+    return trained
 
 
 def remaining_points(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[str, int]]:

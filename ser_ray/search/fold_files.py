@@ -30,6 +30,13 @@ def fold_folder(location: str, recipe: TrainConfig) -> str:
     return location_inside(location, f"models/fold{recipe.fold}-seed{recipe.seed}")
 
 
+def has_checkpoint(location: str, recipe: TrainConfig) -> bool:
+    """Return whether the folder of a cross-validation has the weights of a training."""
+    filesystem, path = filesystem_of(fold_folder(location, recipe))
+    is_file: bool = filesystem.get_file_info(f"{path}/{MODEL}").is_file
+    return is_file
+
+
 def score_and_store_fold(
     checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str, part: Part
 ) -> None:

@@ -63,6 +63,19 @@ class TrialRecord:
         )
 
     @property
+    def report(self) -> dict[str, Any]:
+        """The report from which `updated` makes this record."""
+        return {
+            "epoch": self.epochs,
+            "step": 0,
+            "history": self.rows,
+            "learning_rates": [rate for epoch in self.learning_rates for rate in epoch],
+            "times_ms": self.times_ms,
+            "selected_confusion": self.selected_confusion,
+            "started_ms": self.started_ms,
+        }
+
+    @property
     def name(self) -> str:
         """Name of the trial's MLflow run, made of values that differ between trials."""
         if "fold" in self.values:

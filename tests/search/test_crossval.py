@@ -417,6 +417,32 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(
     assert "report.html" in files
     page = Path(client.download_artifacts(nested.info.run_id, "report.html")).read_text()
     assert "Test part</h2>" not in page
+    check_the_same_network_is_tested(result, shards, run)
+
+
+def check_the_same_network_is_tested(validated, shards, run) -> None:
+    """The test parts are scored with the networks whose validation parts were scored."""
+    plan = plan_crossval(shards, RECIPE, CrossvalConfig(folds=(0, 1)))
+    epochs: dict[int, set[int]] = {0: set(), 1: set()}
+
+    def remember(trials: list[TrialRecord]) -> None:
+        for trial in trials:
+            epochs[trial.recipe.fold].add(trial.epochs)
+
+    tested = crossval(plan, run, SlotConfig(), show=remember)
+    assert tested.run_id != validated.run_id
+    assert epochs == {0: {0, 1, 2}, 1: {0, 2}}  # all epochs of fold 1 are reported at once
+    assert tested.trials[1].rows == validated.trials[0].rows
+    assert tested.trials[1].learning_rates == validated.trials[0].learning_rates
+    folder = fold_folder(validated.location, replace(RECIPE, fold=1))
+    expected = evaluate(Path(folder), shards)
+    assert tested.folds[1].is_own_test
+    assert tested.folds[1].scores.confusion.tolist() == expected.scores.confusion.tolist()
+    metrics = (
+        MlflowClient(tracking_uri=run.tracking_uri).get_run(tested.trials[1].run_id).data.metrics
+    )
+    assert metrics["test/ua"] == expected.scores.ua
+    assert metrics["val/ua"] == validated.trials[0].rows[-1]["val/ua"]
 
 
 def test_a_recipe_that_names_a_fold_is_refused(shards):
