@@ -1,6 +1,6 @@
 """Starts or resumes the MLflow run of a training, range test, search or cross-validation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ def start_run(
     params: dict[str, Any],
     about: str,
     identity: dict[str, Any] | None = None,
+    files: Mapping[str, Any] = {},
 ) -> Tracker:
     """Start an MLflow run, or resume the one that the record in the run folder names.
 
@@ -35,6 +36,7 @@ def start_run(
         about: what the run is; a line of the run's description.
         identity: settings that must not change while the folder exists. They and the id of the
             MLflow run are written into the folder's record. If None, the run is always new.
+        files: further artifacts (`Tracker.log_files`).
 
     Raises:
         ResourcesError: the tracking store is in a folder that Ray deletes after the job.
@@ -54,9 +56,12 @@ def start_run(
     with tracker:  # closes the run if one of these calls fails
         if identity:
             folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
-        tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
+        again = tags["command"]
+        if tags["kind"] == "training":
+            again = command_like(tracker.run_id, shards.locations, run)
+        tracker.describe(Run=about, Data=data_line(shards), Again=f"`{again}`")
         environment = provenance() | {"hardware.cluster": max_resources()}
-        tracker.log_files({"environment.json": environment})
+        tracker.log_files({"environment.json": environment, **files})
     return tracker
 
 

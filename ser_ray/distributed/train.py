@@ -19,7 +19,7 @@ from ser_ray.cluster.connect import cluster, is_connected, needs_ray
 from ser_ray.cluster.resources import cpus_per_worker, require_workers, trains_on_gpus
 from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.in_process import train_in_process
-from ser_ray.distributed.mlflow_run import command_like, start_run
+from ser_ray.distributed.mlflow_run import start_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import (
     SELECTED,
@@ -174,11 +174,8 @@ def _start_tracker(task: TrainingTask, label: str) -> Tracker:
         params |= {"encoder": {"weights": encoder.weights, "licence": encoder.licence}}
     tags = run_tags("training", label, shards)
     about = f"one training; its checkpoints are in `{folder.location}`"
-    tracker = start_run(folder, run, shards, tags, params, about, identity_of(recipe, shards))
-    with tracker:  # closes the run if one of these calls fails
-        tracker.describe(Again=f"`{command_like(tracker.run_id, shards.locations, run)}`")
-        tracker.log_files({"config.json": recipe.to_dict()})
-    return tracker
+    identity, files = identity_of(recipe, shards), {"config.json": recipe.to_dict()}
+    return start_run(folder, run, shards, tags, params, about, identity, files)
 
 
 def _train_and_log(

@@ -8,6 +8,7 @@ until the store answers again. The other methods that use the store raise Tracki
 """
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from ser_ray.tracking.run_metadata import (
     model_signature,
 )
 from ser_ray.tracking.store import (
+    VARIABLE,
     as_tracking_error,
     connect,
     experiment_id_of,
@@ -413,6 +415,8 @@ def store_of_run(tracking_uri: str, recorded_uri: str, run_id: str) -> str:
 
     This is the user's store if it has the run, and otherwise the recorded store. The recorded
     address may be outdated: a store can be moved or copied, and a server can get another address.
+    If neither store has the run, the store that the user named is returned, because the error must
+    be about this store.
 
     Args:
         tracking_uri: the user's store, as `resolve_uri` takes it.
@@ -420,7 +424,10 @@ def store_of_run(tracking_uri: str, recorded_uri: str, run_id: str) -> str:
         run_id: id of the run.
     """
     uri = resolve_uri(tracking_uri)
-    return uri if uri != recorded_uri and has_run(uri, run_id) else recorded_uri
+    if uri == recorded_uri or has_run(uri, run_id):
+        return uri
+    is_named = bool(tracking_uri or os.environ.get(VARIABLE))
+    return uri if is_named and not has_run(recorded_uri, run_id) else recorded_uri
 
 
 def run_to_resume(uri: str, record: Mapping[str, Any]) -> str:

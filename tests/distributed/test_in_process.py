@@ -30,6 +30,8 @@ from ser_ray.distributed.train import train
 from ser_ray.errors import ConfigError, LockLostError, SerRayError, ShardsError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.to_mlflow import register
+from ser_ray.tracking.run_metadata import NOTE
+from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import MODEL, Snapshot
 from ser_ray.training.model import Pretrained
 from ser_ray.training.recipe import TrainConfig
@@ -208,6 +210,28 @@ def test_a_model_of_all_speakers_is_registered_without_scores(in_tmp, small_netw
     assert "trained on 6 speakers" in card
     assert "no validation or test score of its own" in card
     assert "UA" not in card
+
+
+def test_a_run_is_described_once_with_the_command_that_repeats_it(
+    in_tmp, small_network, monkeypatch
+):
+    notes, set_tags = [], Tracker.set_tags
+
+    def record(tracker: Tracker, tags: Mapping[str, str]) -> None:
+        notes.extend([tags[NOTE]] if NOTE in tags else [])
+        set_tags(tracker, tags)
+
+    def stop(row: Mapping[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tracker, "set_tags", record)
+    shards, uri = write_shard_files(in_tmp / "shards"), new_store(in_tmp)
+    with pytest.raises(KeyboardInterrupt):
+        train(shards, CONFIG, RunConfig(tracking_uri=uri, name="run"), on_epoch=stop)
+    run_id = RunFolder("ser-ray-out/runs", "run").record()["run_id"]
+    [note] = notes
+    assert f"**Again**: `ser-ray train --like {run_id} " in note
+    assert "**Run**: one training" in note
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_a_run_that_cannot_be_described_is_closed_and_resumed_by_the_next_call(
     folder, shards = RunFolder(str(tmp_path), "run"), open_shards(write_shard_files(tmp_path / "a"))
 
     def start() -> str:
-        tags = {"command": "ser-ray train"}
+        tags = {"command": "ser-ray train", "kind": "training"}
         run = RunConfig(tracking_uri=uri)
         return start_run(folder, run, shards, tags, {}, "one training", {"recipe": 1}).run_id
 

@@ -460,6 +460,23 @@ def test_scores_are_printed_although_their_run_is_unreachable(
     assert "Test part</h2>" in report.read_text()
 
 
+def test_if_no_store_has_the_run_the_warning_names_the_store_that_the_user_named(
+    shards, checkpoint, tmp_path, monkeypatch, caplog
+):
+    recorded, named = f"sqlite:///{tmp_path}/recorded.db", f"sqlite:///{tmp_path}/named.db"
+    origin = {"run_id": "0123", "tracking_uri": recorded, "report": str(tmp_path / "report.html")}
+    (checkpoint / "run.json").write_text(json.dumps(origin))
+    command = ["evaluate", str(checkpoint), "--shards", "here"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    assert main(command) == 0
+    assert f"{named}: there is no such MLflow store" in caplog.text
+    assert recorded not in caplog.text
+    caplog.clear()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(command) == 0
+    assert recorded in caplog.text
+
+
 def test_the_places_of_a_moved_run_are_those_beside_it_now(shards, tmp_path):
     old, new = tmp_path / "old" / "ser-ray-out", tmp_path / "new" / "ser-ray-out"
     selected = checkpoint_for(shards, old / "runs" / "a" / "selected")

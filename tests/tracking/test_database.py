@@ -1,5 +1,6 @@
 """A store in a sqlite file: made once, read where it is now, and waited for."""
 
+import contextlib
 import json
 import shutil
 import socket
@@ -162,14 +163,32 @@ def test_a_server_that_is_away_is_named_with_the_variable(
 ) -> None:
     if uri.startswith("http://10."):
 
-        def unanswered(address: object, timeout: float) -> None:
-            assert timeout <= 5
+        def unanswered(address: object, timeout: float, **_: object) -> None:
+            assert timeout <= 10
             raise TimeoutError("timed out")
 
-        monkeypatch.setattr(socket, "create_connection", unanswered)
+        monkeypatch.setattr("urllib3.util.connection.create_connection", unanswered)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(TrackingError, match=f"MLFLOW_TRACKING_URI names {uri}: this MLflow"):
         store.require_server("")
+
+
+def test_a_server_that_never_answers_is_asked_once_and_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(TrackingError, match=r"server cannot be used \(.*Read timed out"):
+            store.require_server("")
+        silent.setblocking(False)
+        requests = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                requests.append(silent.accept()[0])
+        assert len(requests) == 1
+        for connection in requests:
+            connection.close()
 
 
 def test_another_store_does_not_become_the_default_of_the_next_command(
