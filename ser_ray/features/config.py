@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -21,6 +22,8 @@ LARGEST_NUMBER = 2**63
 """The absolute value of every number in the settings must be smaller."""
 LARGEST = {"sample_rate": 192_000, "window_length": 65_536, "num_mels": 4_096, "max_seconds": 600}
 """The largest allowed values of the settings that determine the memory for a clip."""
+MAY_BE_ZERO = ("f_min", "trim_margin")
+"""The settings that may be 0. All others are above 0."""
 LARGEST_FEATURE = 2**26
 """Largest allowed number of values in a clip's feature: 256 MB as float32."""
 
@@ -41,6 +44,32 @@ def require_valid(config: Any) -> None:
                 f"{name} is {repr(value)[:100]}: it must be "
                 f"{shown or getattr(kind, '__name__', kind)}"
             )
+
+
+def require_range(
+    config: Any,
+    *names: str,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Check that fields of a dataclass are in a range: low <= field <= high, above < field < below.
+
+    Raises:
+        ConfigError: a field is outside; the message names the field and the bound.
+    """
+    bounds = (
+        ("at least", operator.ge, low),
+        ("above", operator.gt, above),
+        ("at most", operator.le, high),
+        ("below", operator.lt, below),
+    )
+    for name in names:
+        value = getattr(config, name)
+        for words, holds, bound in bounds:
+            if not holds(value, bound):
+                raise ConfigError(f"{name} is {value}: it must be {words} {bound:g}")
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -92,16 +121,11 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            may_be_zero = field.name in ("f_min", "trim_margin")
-            if value < 0 or (value == 0 and not may_be_zero):
-                bound = "at least" if may_be_zero else "above"
-                raise ConfigError(f"{field.name} is {value}: it must be {bound} 0")
-            if value > LARGEST.get(field.name, math.inf):
-                raise ConfigError(
-                    f"{field.name} is {value}: it must be at most {LARGEST[field.name]}"
-                )
+        require_range(self, *MAY_BE_ZERO, low=0)
+        names = {field.name for field in dataclasses.fields(self)}
+        require_range(self, *sorted(names.difference(MAY_BE_ZERO)), above=0)
+        for name, largest in LARGEST.items():
+            require_range(self, name, high=largest)
         if self.f_min >= self.sample_rate / 2:
             raise ConfigError(
                 f"f_min is {self.f_min} Hz: it must be below half the sample rate, "

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import Condition
+from ser_ray.features.config import Condition, require_range
 from ser_ray.search.space import DEFAULT_SPACE, Dimension, parse_dimension
 
 
@@ -36,10 +36,8 @@ class TuneConfig:
     """Train the best recipe afterwards, as ser-ray train does."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("trials", 1), ("grace_epochs", 1), ("reduction", 2)):
-            value = getattr(self, name)
-            if value < minimum:
-                raise ConfigError(f"{name} is {value}: it must be at least {minimum}")
+        require_range(self, "trials", "grace_epochs", low=1)
+        require_range(self, "reduction", low=2)
         _ = self.dimensions  # raises ConfigError if the space is wrong
 
     @cached_property
@@ -79,8 +77,7 @@ class CrossvalConfig:
     of a room, or a different loudness. The clips' files are decoded again."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}: it must be at least 1")
+        require_range(self, "seeds", low=1)
         if len(set(self.folds)) < len(self.folds):
             raise ConfigError(f"folds are {self.folds}: give each fold only once")
         object.__setattr__(self, "folds", tuple(sorted(self.folds)))  # their order has no meaning
@@ -96,8 +93,7 @@ class SlotConfig:
     """GPUs of a trial, if trials run on GPUs: a share of a GPU, or a whole number."""
 
     def __post_init__(self) -> None:
-        if self.cpus_per_worker < 1:
-            raise ConfigError(f"cpus_per_worker is {self.cpus_per_worker}: it must be at least 1")
+        require_range(self, "cpus_per_worker", low=1)
         gpus = self.gpus_per_worker
         if not (0 < gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
             raise ConfigError(

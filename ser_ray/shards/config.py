@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ser_ray.corpus.ravdess.names import MODALITIES
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import FeatureConfig
+from ser_ray.features.config import FeatureConfig, require_range
 
 ShardLocations = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Folder or URI of a shard set, or of several sets that are read as one."""
@@ -58,8 +58,7 @@ class PrepareConfig(TableConfig):
         names = [source.partition("=")[0] for source in self.encoder]
         if len(set(names)) < len(names):
             raise ConfigError(f"encoder is {' '.join(self.encoder)}: a name must occur only once")
-        if self.rows_per_shard < 1:
-            raise ConfigError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
+        require_range(self, "rows_per_shard", low=1)
 
 
 def column_names(columns: Sequence[str]) -> dict[str, str]:

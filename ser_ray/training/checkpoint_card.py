@@ -8,7 +8,7 @@ import numpy as np
 
 from ser_ray.corpus.words import CORPORA, CorpusKind
 from ser_ray.errors import CheckpointError, ConfigError, MismatchError
-from ser_ray.features.config import KINDS, FeatureConfig, require_valid
+from ser_ray.features.config import KINDS, FeatureConfig, require_range, require_valid
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.card import UsedCorpus
 from ser_ray.shards.layout import weights_name
@@ -59,10 +59,9 @@ class CheckpointCard:
 
     def __post_init__(self) -> None:
         require_valid(self)
+        require_range(self, "temperature", above=0)
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise ConfigError(f"labels is {self.labels}: it must be two or more different labels")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}: it must be above 0")
 
     @property
     def trained_on(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import KINDS, require_valid
+from ser_ray.features.config import KINDS, require_range, require_valid
 
 Keep = Literal["last", "best"]
 """Which epoch is selected. The weights of the selected epoch become the model."""
@@ -49,13 +49,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if value < 0:
-                raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
-        for name in ("noise", "echo", "band_limit", "mix_style", "freq_mask_share"):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at most 1")
+        require_range(self, *(item.name for item in dataclasses.fields(self)), low=0)
+        shares = ("noise", "echo", "band_limit", "mix_style", "freq_mask_share")
+        require_range(self, *shares, high=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,33 +125,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("fold", "validation_speakers", "seed", "weight_decay", "head_units"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
-        if not 0 <= self.corpus_balance <= 1:
-            raise ConfigError(f"corpus_balance is {self.corpus_balance}: it must be in [0, 1]")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing is {self.label_smoothing}: it must be in [0, 1)")
+        positive = ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max", "temperature")
+        require_range(self, *positive, above=0)
+        not_negative = ("fold", "validation_speakers", "seed", "weight_decay", "head_units")
+        require_range(self, *not_negative, low=0)
+        require_range(self, "corpus_balance", low=0, high=1)
+        require_range(self, "label_smoothing", low=0, below=1)
+        require_range(self, "pct_start", above=0, below=1)
+        require_range(self, "final_div_factor", low=1)
         if self.protocol == "all" and self.keep == "best":
             raise ConfigError(
                 "keep is best: the protocol all has no validation clips to find the best epoch; "
                 "give --keep last"
             )
-        self._require_schedule()
-
-    def _require_schedule(self) -> None:
         if self.lr_min >= self.lr_max:
             raise ConfigError(
                 f"lr_min is {self.lr_min:g} and lr_max is {self.lr_max:g}: the learning rate rises "
                 "from lr_min to lr_max, so lr_min must be the smaller one (are they swapped?)"
             )
-        if not 0 < self.pct_start < 1:
-            raise ConfigError(f"pct_start is {self.pct_start}: it must be between 0 and 1")
-        if self.final_div_factor < 1:
-            raise ConfigError(f"final_div_factor is {self.final_div_factor}: it must be >= 1")
 
     @property
     def window_frames(self) -> int:
@@ -208,10 +195,9 @@ class LrRangeConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
+        require_range(self, "steps", low=10)
         if not 0 < self.lowest < self.highest:
             raise ConfigError(
                 f"lowest is {self.lowest:g} and highest is {self.highest:g}: the learning rate "
                 "rises from lowest to highest, and both must be above 0"
             )
-        if self.steps < 10:
-            raise ConfigError(f"steps is {self.steps}: it must be at least 10")

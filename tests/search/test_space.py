@@ -80,7 +80,7 @@ def test_the_grid_of_a_dimension(line, grid):
         ("batch_size=choice(8,0)", "batch_size is 0: it must be above 0"),
         ("train_channel=choice(speech,opera)", "'opera' is not speech, song, all"),
         ("feature=uniform(1,2)", "uniform does not fit a field of type str: use choice"),
-        ("label_smoothing=uniform(0,1)", "label_smoothing is 1.0: it must be in [0, 1)"),
+        ("label_smoothing=uniform(0,1)", "label_smoothing is 1.0: it must be below 1"),
         ("balanced=choice(yes)", "'yes' is not of type bool"),
     ],
 )
