@@ -17,6 +17,6 @@ splits         the clips in the train, validation and test part of a fold
 synthetic      makes a small corpus with RAVDESS's file names
 
 To read the labels of another corpus from its file names, add a folder like `ravdess`, and call it
-from `manifest.list_corpus`. Add the name of the corpus to `words.CorpusKind`, to `words.CORPORA`,
-and to the type of `manifest.Corpus.name`. A table needs no new code.
+from `manifest.list_corpus`. Add the name of the corpus to `words.CorpusKind` and `words.CORPORA`. A
+table needs no new code.
 """

@@ -122,7 +122,8 @@ def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
     """Return the speakers of each part or fold that the column `split` names.
 
     Raises:
-        ConfigError: a corpus has no such column, or a speaker is in two parts.
+        ConfigError: a corpus has no such column, it mixes parts and folds, or a speaker is in two
+            parts.
     """
     if "corpus" in clips.column_names:
         corpora = clips["corpus"]
@@ -132,6 +133,15 @@ def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
                 f"--protocol table: the corpus {without_split[0]} has no column split; choose "
                 "another protocol, or leave this corpus out"
             )
+    values = set(clips["split"].to_pylist()) - {None}
+    folds = values.difference(PARTS.values())
+    if folds and values & {"validation", "test"}:
+        parts, others = (shorten(sorted(names), NAMES_SHOWN) for names in (values - folds, folds))
+        raise ConfigError(
+            f"--protocol table: the column split has parts ({parts}) and other values ({others}). "
+            "Its values must be train, validation and test, or names of folds and train. Correct "
+            "it and prepare the table again, or choose another protocol"
+        )
     part_of: dict[str, str] = {}
     for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
         if part is not None and part_of.setdefault(speaker, part) != part:
@@ -146,8 +156,8 @@ def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
             "--protocol table: the corpus has no column split with parts or folds; choose another "
             "protocol"
         )
-    parts = sorted(set(part_of.values()), key=lambda part: (len(part), part))
-    return {part: tuple(sorted(s for s in part_of if part_of[s] == part)) for part in parts}
+    ordered = sorted(values, key=lambda part: (len(part), part))
+    return {part: tuple(sorted(s for s in part_of if part_of[s] == part)) for part in ordered}
 
 
 def _corpus_folds(clips: "pa.Table") -> list[tuple[str, ...]]:

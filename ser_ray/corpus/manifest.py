@@ -9,10 +9,10 @@ its row already has a `status` and a `reason`.
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from ser_ray.corpus.ravdess.names import EMOTIONS, EXAMPLE_NAME, ClipName, NameP
 from ser_ray.corpus.tables.clips import clip_keys, list_table
 from ser_ray.corpus.tables.columns import read_table
 from ser_ray.corpus.tables.files import TABLE_SUFFIXES
-from ser_ray.corpus.words import MISSING_WORDS
+from ser_ray.corpus.words import MISSING_WORDS, CorpusKind
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import DEVICE, ListedFile, list_files
 from ser_ray.storage.paths import absolute, as_utf8, filesystem_of, folder_of
@@ -60,15 +60,13 @@ SAME_NAME = "has the file name of "
 """Begins the `reason` of a duplicate in a folder; the path of the file that is used follows."""
 
 _NAME_FIELDS = [*(field.name for field in dataclasses.fields(ClipName)), "sex", "take"]
-_LISTED = pa.schema([*MANIFEST_SCHEMA, ("name", pa.string()), ("depth", pa.int32())])
-"""The columns of a manifest, and two more that `mark_duplicates` needs."""
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A listed corpus."""
 
-    name: Literal["ravdess", "synthetic", "table"]
+    name: CorpusKind
     """The kind of corpus. The synthetic corpus has the same file names as RAVDESS."""
     root: str
     """The folder, bucket or table, as the user wrote it."""
@@ -124,8 +122,8 @@ def list_corpus(
     null_columns = dict.fromkeys(MANIFEST_SCHEMA.names, pa.nulls(len(rows)))
     listed = pa.table(null_columns | list_table(source, folder, rows)).cast(MANIFEST_SCHEMA)
     listed = listed.sort_by(ORDER)
-    depths = pa.array(np.zeros(len(rows), np.int32))
-    manifest = mark_duplicates(listed, clip_keys(listed), depths, "the table lists it before: ")
+    keys = clip_keys(listed).to_pylist()
+    manifest = _mark_duplicates(listed, keys, "the table lists it before: ")
     return Corpus("table", source, labels, manifest, notes)
 
 
@@ -152,13 +150,16 @@ def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
 def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
     """List a folder, and read the labels from RAVDESS's file names."""
     others: Counter[str] = Counter()
-    recordings = _only_recordings(source, others, is_synthetic=is_synthetic)
-    table = pa.Table.from_pylist(list(map(_row_of, recordings)), _LISTED).sort_by("path")
+    recordings = sorted(
+        _only_recordings(source, others, is_synthetic=is_synthetic),
+        key=lambda file: file.location,
+    )
+    rows = list(map(_row_of, recordings))
     notes = [describe_left_out(others)] if others else []
-    if table["modality"].null_count == len(table):
+    if not any("modality" in row for row in rows):
         found = [
-            f"{len(table)} recordings; the first is {row['path']} ({row['reason']})"
-            for row in table.slice(0, 1).to_pylist()
+            f"{len(rows)} recordings; the first is {row['path']} ({row['reason']})"
+            for row in rows[:1]
         ] + notes
         raise CorpusError(
             f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
@@ -166,9 +167,11 @@ def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
             "path,label,speaker"
             + (", given by its own path" if set(TABLE_SUFFIXES) & set(others) else "")
         )
-    manifest = table.select(MANIFEST_SCHEMA.names)
-    manifest = mark_duplicates(manifest, table["name"], table["depth"], SAME_NAME)
-    name: Literal["synthetic", "ravdess"] = "synthetic" if is_synthetic else "ravdess"
+    manifest = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+    manifest = _mark_duplicates(
+        manifest, [_name_of(file).lower() for file in recordings], SAME_NAME
+    )
+    name: CorpusKind = "synthetic" if is_synthetic else "ravdess"
     return Corpus(name, source, EMOTIONS, manifest, tuple(notes))
 
 
@@ -185,7 +188,7 @@ def _only_recordings(
         if is_recording(file):
             yield file
         elif file.problem is None:
-            if file.inside.rpartition("/")[2] == SYNTHETIC_MARKER:
+            if _name_of(file) == SYNTHETIC_MARKER:
                 if is_synthetic:
                     continue
                 folder = file.inside.removesuffix(f"/{SYNTHETIC_MARKER}")
@@ -202,12 +205,10 @@ def _only_recordings(
 
 
 def _row_of(file: ListedFile) -> dict[str, Any]:
-    """Return the row of a file, with the columns of `_LISTED`."""
-    name = file.inside.rpartition("/")[2]
-    row = {"path": file.location, "size": file.size, "modified": file.modified}
-    row |= {"name": name.lower(), "depth": file.inside.count("/")}
+    """Return the row of a file, with the columns of `MANIFEST_SCHEMA` that are known."""
+    row: dict[str, Any] = {"path": file.location, "size": file.size, "modified": file.modified}
     try:
-        clip = parse_name(name)
+        clip = parse_name(_name_of(file))
         row |= {field: getattr(clip, field) for field in _NAME_FIELDS}
     except NameProblem as problem:
         row |= {"status": "name_not_understood", "reason": str(problem)}
@@ -216,12 +217,14 @@ def _row_of(file: ListedFile) -> dict[str, Any]:
     return row
 
 
+def _name_of(file: ListedFile) -> str:
+    return file.inside.rpartition("/")[2]
+
+
 # --- copies of files ---
 
 
-def mark_duplicates(
-    manifest: pa.Table, keys: pa.ChunkedArray, depths: pa.ChunkedArray, reason: str
-) -> pa.Table:
+def _mark_duplicates(manifest: pa.Table, keys: Sequence[str], reason: str) -> pa.Table:
     """Keep one of the rows with the same key, and give the others the status `duplicate`.
 
     Rows that have a status are ignored. The largest file is kept, because a copy may be truncated.
@@ -230,17 +233,14 @@ def mark_duplicates(
     Args:
         manifest: the listed files.
         keys: a key for each row.
-        depths: the number of folders above each file.
         reason: begins the reason of a duplicate; the path of the kept file follows.
     """
-    rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
-    columns = {"key": keys, "size": manifest["size"], "depth": depths}
-    ranked = pa.table({name: column.take(rows) for name, column in columns.items()} | {"row": rows})
-    ranked = ranked.sort_by([("size", "descending"), ("depth", "ascending"), ("row", "ascending")])
+    depths = pc.count_substring(manifest["path"], "/").to_numpy()
+    ranked = np.lexsort((depths, -pc.fill_null(manifest["size"], -1).to_numpy()))  # best first
     kept: dict[str, int] = {}
     originals = np.arange(len(manifest))
-    for row, key in zip(ranked["row"].to_pylist(), ranked["key"].to_pylist(), strict=True):
-        originals[row] = kept.setdefault(key, row)
+    for row in ranked[pc.is_null(manifest["status"]).to_numpy()[ranked]].tolist():
+        originals[row] = kept.setdefault(keys[row], row)
     is_copy = pa.array(originals != np.arange(len(manifest)))
     reasons = pc.binary_join_element_wise(reason, manifest["path"].take(originals), "")
     return _with_status(manifest, is_copy, "duplicate", reasons)

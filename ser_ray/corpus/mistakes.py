@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ser_ray.corpus.folds import table_parts
 from ser_ray.corpus.words import shorten
+from ser_ray.errors import ConfigError
 
 RARE_RATIO = 4
 """A label may be misspelt if a similar label has at least this many times its number of clips."""
@@ -42,31 +44,26 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
         outcomes: one row per listed file or segment, with the columns of the manifest.
     """
     clips = outcomes.filter(pc.equal(outcomes["status"], "ok"))
-    lines = _conflicts(outcomes) + _wrong_actor_folders(outcomes)
+    conflicts = outcomes.filter(pc.equal(outcomes["status"], "conflict")).to_pylist()
+    lines = _first_lines(
+        [f"{row['path']} {row['reason']}" for row in conflicts],
+        "files, with the status conflict in the outcomes",
+    )
+    lines += _wrong_actor_folders(outcomes)
     if pc.all(pc.is_valid(clips["channel"])).as_py():
         return lines  # RAVDESS: labels and speakers are codes
     labels = Counter(clips["emotion"].to_pylist())
     if len(labels) == 1:
         lines.append(f"all clips have the label {next(iter(labels))!r}: nothing can be trained")
-    parts: defaultdict[str, set[str]] = defaultdict(set)
-    for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
-        parts[speaker] |= {part} - {None}
-    if shared := sorted(speaker for speaker in parts if len(parts[speaker]) > 1):
-        lines.append(
-            f"several parts of the column split have clips of {shorten(shared, LINES_SHOWN)}, so "
-            "--protocol table will be refused"
-        )
+    if clips["split"].null_count < len(clips):
+        try:
+            table_parts(clips)
+        except ConfigError as error:
+            lines.append(str(error))
     speakers = Counter(clips["speaker"].to_pylist())
     lines += _similar("labels", labels, _plain, "differ only in case, blanks or punctuation")
     lines += _misspellings(labels)
     return lines + _similar("speakers", speakers, _speaker_key, "may be the same person")
-
-
-def _conflicts(outcomes: pa.Table) -> list[str]:
-    """Point out files with the same name and different sound."""
-    rows = outcomes.filter(pc.equal(outcomes["status"], "conflict")).to_pylist()
-    lines = [f"{row['path']} {row['reason']}" for row in rows]
-    return _first_lines(lines, "files, with the status conflict in the outcomes")
 
 
 def _first_lines(lines: list[str], what: str) -> list[str]:

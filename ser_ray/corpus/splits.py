@@ -164,19 +164,17 @@ def _parts_by_speaker(
     """
     speakers = np.array(clips["speaker"].to_pylist(), dtype=np.str_)
     is_test = np.isin(speakers, folds[-1])
-    is_used = np.full(len(speakers), True)
+    is_used = is_candidate = np.full(len(speakers), True)
+    validation: Sequence[str] = ()
     if protocol == CROSS_CORPUS:
         # By corpus and not by speaker, because corpora may share speakers.
         is_test = np.array(clips["corpus"].to_pylist()) == tested_corpus
-        candidates = {speaker: strata[speaker] for speaker in speakers[~is_test].tolist()}
-        validation = _choose_validation([()], candidates, num_validation)
+        folds, is_candidate = [()], ~is_test
     elif protocol == "table":
-        is_used = clips["split"].is_valid().to_numpy()
-        candidates = {speaker: strata[speaker] for speaker in speakers[is_used].tolist()}
-        validation = list(table_parts(clips).get("validation", ()))
-        validation = validation or _choose_validation(folds, candidates, num_validation)
-    else:
-        validation = _choose_validation(folds, strata, num_validation)
+        is_used = is_candidate = clips["split"].is_valid().to_numpy()
+        validation = table_parts(clips).get("validation", ())
+    candidates = {speaker: strata[speaker] for speaker in speakers[is_candidate].tolist()}
+    validation = validation or _choose_validation(folds, candidates, num_validation)
     parts = np.full(len(speakers), _TRAIN)
     parts[np.isin(speakers, validation)] = _VALIDATION
     parts[is_test] = _TEST
@@ -274,25 +272,19 @@ def _number_groups(
     Groups are numbered in the alphabetical order of their smallest take, so the numbers do not
     depend on the order of the rows.
     """
-    leader = {take: take for take in takes}
-
-    def find(take: str) -> str:
-        while leader[take] != take:
-            leader[take] = leader[leader[take]]
-            take = leader[take]
-        return take
-
-    def unite(take: str, other: str) -> None:
-        smaller, larger = sorted((find(take), find(other)))
-        leader[larger] = smaller
-
-    take_with_path: dict[str, str] = {}
-    take_with_content: dict[str, str] = {}
-    for take, content, path in zip(takes, contents, paths, strict=True):
-        unite(take, take_with_path.setdefault(path, take))
-        if content is not None:
-            unite(take, take_with_content.setdefault(content, take))
-    return np.unique([find(take) for take in takes], return_inverse=True)[1].astype(np.int64)
+    known = [content or take for content, take in zip(contents, takes, strict=True)]
+    columns = []
+    for names in (takes, known, paths):
+        row_of = {name: row for row, name in enumerate(names)}
+        columns.append(np.array([row_of[name] for name in names]))
+    groups, before = np.unique(takes, return_inverse=True)[1], None
+    while not np.array_equal(groups, before):
+        before = groups
+        for rows in columns:  # rows with the same name get the smallest of their groups
+            smallest = np.full(len(groups), len(groups))
+            np.minimum.at(smallest, rows, groups)
+            groups = smallest[rows]
+    return np.unique(groups, return_inverse=True)[1].astype(np.int64)
 
 
 def _parts_at_random(fold: int, groups: IntArray, labels: Sequence[str], seed: int) -> IntArray:

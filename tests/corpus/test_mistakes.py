@@ -19,13 +19,25 @@ def outcomes(labels: dict[str, int], speakers: list[str] | None = None) -> pa.Ta
     return pa.Table.from_pylist(rows)
 
 
-def test_a_speaker_in_two_parts_of_a_table_is_pointed_out() -> None:
+@pytest.mark.parametrize(
+    ("parts", "mistake"),
+    [
+        (["train", "test"], None),
+        (["train", "fold1"], None),
+        ([None, None], None),
+        (["train", "test", None, "validation"], "the column split has the speaker ben in test and"),
+        (["test", "tset"], "the column split has parts (test) and other values (tset). Its"),
+    ],
+)
+def test_a_split_that_cannot_be_used_is_pointed_out(parts: list[str], mistake: str | None) -> None:
     table = outcomes({"sad": 4, "angry": 4}).drop_columns("split")  # anna and ben in turn
-    apart = table.append_column("split", pa.array(["train", "test"] * 4))
-    mixed = table.append_column("split", pa.array(["train", "test", None, "dev"] * 2))
-    assert find_mistakes(apart) == []
-    [line] = find_mistakes(mixed)
-    assert line.startswith("several parts of the column split have clips of ben, so")
+    column = pa.array(parts * (8 // len(parts)), pa.string())
+    lines = find_mistakes(table.append_column("split", column))
+    if mistake is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1
+        assert lines[0].startswith(f"--protocol table: {mistake}")
 
 
 def test_labels_are_counted_and_speakers_too() -> None:

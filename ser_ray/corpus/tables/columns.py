@@ -124,13 +124,10 @@ def _read_columns(
 
 
 def _read_split(column: pa.ChunkedArray) -> pa.Array:
-    """Replace each value by train, validation or test; keep all values if one of them is a fold."""
-    given = [
-        None if (text or "").lower() in _MISSING_VALUES else text for text in column.to_pylist()
-    ]
-    parts = [text and PARTS.get(text.lower()) for text in given]
-    has_folds = parts.count(None) > given.count(None)
-    return pa.array(given if has_folds else parts, pa.string())
+    """Replace the names of parts by train, validation or test. Other values are folds."""
+    texts = [text or "" for text in column.to_pylist()]
+    known = PARTS | dict.fromkeys(_MISSING_VALUES)
+    return pa.array([known.get(text.lower(), text) for text in texts], pa.string())
 
 
 def _read_times(
