@@ -168,9 +168,8 @@ def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
             + (", given by its own path" if set(TABLE_SUFFIXES) & set(others) else "")
         )
     manifest = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
-    manifest = _mark_duplicates(
-        manifest, [_name_of(file).lower() for file in recordings], SAME_NAME
-    )
+    names = [_name_of(file).lower() for file in recordings]
+    manifest = _mark_duplicates(manifest, names, SAME_NAME)
     name: CorpusKind = "synthetic" if is_synthetic else "ravdess"
     return Corpus(name, source, EMOTIONS, manifest, tuple(notes))
 

@@ -1,6 +1,7 @@
 """Turns a recording into features. Nothing here imports Ray.
 
 decode      a file -> mono samples, by soundfile or, in `ffmpeg`, by PyAV
+headers     what the header of a file declares; repairs headers that the libraries misread
 samples     decoded samples: checks, mixing to one channel, cutting segments
 sandbox     decodes in a child process, because some clips hang or kill the process
 loudness    samples -> the loudness of each 10 ms; decides what is silent

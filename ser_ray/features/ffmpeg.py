@@ -4,12 +4,8 @@ files except the wavs that soundfile can read to the end.
 Only audio is decoded, and only the formats and codecs listed here are allowed.
 """
 
-import io
 import re
-import struct
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import BinaryIO
 
 import av
@@ -20,6 +16,13 @@ import numpy as np
 import soxr
 
 from ser_ray.features.errors import ClipError
+from ser_ray.features.headers import (
+    OGG_PAGE_BYTES,
+    index_bytes,
+    is_part_missing,
+    last_timestamp_of_ogg,
+    num_mp3_frames,
+)
 from ser_ray.features.samples import (
     MISSING_SECONDS,
     MIX_SECONDS,
@@ -56,8 +59,9 @@ ESTIMATED_CODECS = ("adpcm", "gsm")
 packets, not samples."""
 PAUSES = "mp4"
 """The format that stores time stamps separately from the sound. In this format, a gap in the time
-stamps always means that the recorder paused or left out packets. In other formats, a gap is lost
-sound if the file has unread bytes there, that is, bytes between two packets of the stream."""
+stamps means that the recorder paused or left out packets, unless the number of a fragment is
+missing. In other formats, a gap is lost sound if the file has unread bytes there, that is, bytes
+between two packets of the stream, or if the number of a page of an ogg is missing."""
 UNREAD_SHARE = 0.5
 """The unread bytes are converted to seconds by the file's average number of bytes per second. A gap
 counts as lost sound if they make up more than this share of its length."""
@@ -75,12 +79,8 @@ AMR_ZEROS = 0b10000011
 ENCODER_SAMPLES = 2304
 """Largest number of samples that an encoder adds at the start and end of an mp3. Decoders remove
 them."""
-OGG_PAGE_BYTES = 65_307
-"""Size of the largest page of an ogg. The last packet is in the last page."""
 DURATION = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
 """The length of a stream, in a tag that many programs write into Matroska files."""
-OGG_HEADER = struct.Struct("<6xqI")
-"""Time stamp and stream number in the header of an ogg page."""
 
 
 class UnsupportedError(Exception):
@@ -90,9 +90,7 @@ class UnsupportedError(Exception):
         super().__init__(reason)
 
 
-def decode_with_ffmpeg(
-    source: str | BinaryIO, max_seconds: float, *, ignore_length: bool, num_frames: int
-) -> Decoded:
+def decode_with_ffmpeg(source: str | BinaryIO, max_seconds: float) -> Decoded:
     """Decode one audio stream with PyAV, and skip the packets of all other streams.
 
     As in players, this is the default stream, or else the first one. If all its samples are 0, the
@@ -101,16 +99,12 @@ def decode_with_ffmpeg(
     Args:
         source: path or seekable stream.
         max_seconds: longer clips are `too_long`.
-        ignore_length: read a wav to the end of the file, and ignore the length in its header.
-        num_frames: number of frames that the header of an mp3 declares; 0 if it declares none.
 
     Raises:
         UnsupportedError: FFmpeg cannot read the file, or its format or codec is not allowed.
         ClipError: `no_audio`, `too_long` or `unreadable`.
     """
     options = {"format_whitelist": FORMATS, "codec_whitelist": CODECS}
-    if ignore_length:
-        options["ignore_length"] = "1"
     number, last = 0, 0
     while True:
         try:
@@ -120,7 +114,7 @@ def decode_with_ffmpeg(
                 for other in clip.streams:
                     if other is not stream:
                         other.discard = av.stream.Discard.all
-                sound = _decode_packets(clip, stream, source, max_seconds, num_frames)
+                sound = _decode_packets(clip, stream, source, max_seconds)
         except av.error.FFmpegError as error:
             raise UnsupportedError from error
         if number == last or sound.samples.any():
@@ -146,7 +140,7 @@ class _Timeline:
 
     def __init__(self, sample_rate: int, max_seconds: float, begin: float | None) -> None:
         self.sample_rate, self.max_seconds = sample_rate, max_seconds
-        self.num_samples = self.num_lost = 0
+        self.num_samples = self.num_lost = self.num_paused = 0
         self.unread_seconds = 0.0
         """The most unread bytes between two packets since the last gap, as seconds of sound."""
         self.begin = begin  # time stamp of sample 0
@@ -165,7 +159,9 @@ class _Timeline:
             now = self.num_samples / self.sample_rate
             gap = 0.0 if self.begin is None else timestamp - self.begin - now
             if GAP_SECONDS < gap <= self.max_seconds - now:
-                is_lost = self.num_samples > 0 and self.unread_seconds > UNREAD_SHARE * gap
+                is_within = self.num_samples > 0
+                is_lost = is_within and self.unread_seconds > UNREAD_SHARE * gap
+                self.num_paused += round(gap * self.sample_rate) * (is_within and not is_lost)
                 self.append_silence(gap, is_lost=is_lost)
                 self.unread_seconds = 0.0
             elif self.begin is None or abs(gap) > GAP_SECONDS:  # first frame, or time stamps jump
@@ -223,7 +219,6 @@ def _decode_packets(
     stream: av.AudioStream,
     source: str | BinaryIO,
     max_seconds: float,
-    num_frames: int,
 ) -> Decoded:
     """Decode the packets of a stream, and count the sound that is lost."""
     name, codec = clip.format.name, stream.codec_context.name
@@ -260,8 +255,10 @@ def _decode_packets(
             _append_frame(sound, frame, to_float, is_pcm=codec.startswith("pcm"))
     # The last damaged packets may be a tag after the sound, so at most GAP_SECONDS count as lost.
     sound.append_silence(min(skipped, GAP_SECONDS), is_lost=True)
+    if sound.num_paused and (name == "ogg" or PAUSES in name) and is_part_missing(source):
+        sound.num_lost += sound.num_paused
     lost = sound.num_lost / sound.sample_rate
-    lost += _lost_end_seconds(clip, stream, source, sound, covered, num_frames)
+    lost += _lost_end_seconds(clip, stream, source, sound, covered)
     return Decoded(sound.samples(), sound.sample_rate, lost, sound.decoded_seconds)
 
 
@@ -271,16 +268,15 @@ def _lost_end_seconds(
     source: str | BinaryIO,
     sound: _Timeline,
     covered: _Coverage,
-    num_frames: int,
 ) -> float:
     """Return how many seconds are missing after the last frame.
 
     The length is the one that the header declares, or the time stamp of the last page of an ogg.
     """
     seconds, lost = sound.num_samples / sound.sample_rate, 0.0
-    declared, last = _declared_seconds(clip, stream, num_frames), None
+    declared, last = _declared_seconds(clip, stream, source), None
     is_single_ogg = clip.format.name == "ogg" and len(clip.streams) == 1
-    if is_single_ogg and (last := _last_timestamp_of_ogg(source)) is not None:
+    if is_single_ogg and (last := last_timestamp_of_ogg(source)) is not None:
         declared = float(last * (stream.time_base or 0)) - (sound.begin or 0.0)
     missing = declared - seconds
     if MISSING_SECONDS < missing <= sound.max_seconds - seconds:  # if longer, the header is wrong
@@ -292,49 +288,10 @@ def _lost_end_seconds(
         # packets of other streams, which may be as long as the gaps between earlier packets.
         allowed = OGG_PAGE_BYTES
         if is_fragmented:
-            allowed = _index_bytes(source) + 2 * covered.longest_gap
+            allowed = index_bytes(source) + 2 * covered.longest_gap
         if (unread := clip.size - covered.end) > allowed:
             lost += sound.decoded_seconds * unread / covered.end
     return lost
-
-
-def _index_bytes(source: str | BinaryIO) -> int:
-    """Return the size of the index at the end of an mp4; 0 if there is none."""
-    last = _read_end(source, 16)
-    return int.from_bytes(last[12:]) if last[4:8] == b"mfro" else 0
-
-
-def _last_timestamp_of_ogg(source: str | BinaryIO) -> int | None:
-    """Return the time stamp at the end of the last page, which may be incomplete (RFC 3533, 6).
-
-    The result is None if the last page belongs to another stream, as in a chained ogg.
-    """
-    with _opened(source) as file:
-        file.seek(0)
-        first = file.read(OGG_HEADER.size)
-    tail = _read_end(source, 2 * OGG_PAGE_BYTES)
-    place = len(tail)
-    while (place := tail.rfind(b"OggS", 0, place)) >= 0:
-        if place + OGG_HEADER.size > len(tail):
-            continue
-        timestamp, serial = OGG_HEADER.unpack_from(tail, place)
-        if serial != OGG_HEADER.unpack(first)[1]:
-            return None
-        if timestamp >= 0:  # it is -1 if no packet ends in the page
-            return int(timestamp)
-    return None
-
-
-def _read_end(source: str | BinaryIO, num_bytes: int) -> bytes:
-    """Return the last bytes of a file."""
-    with _opened(source) as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(size - num_bytes, 0))
-        return file.read()
-
-
-def _opened(source: str | BinaryIO) -> AbstractContextManager[BinaryIO]:
-    return Path(source).open("rb") if isinstance(source, str) else nullcontext(source)
 
 
 def _decode_packet(packet: "av.Packet[av.AudioStream]", codec: str) -> list[av.AudioFrame] | None:
@@ -368,7 +325,7 @@ def _append_frame(
 
 
 def _declared_seconds(
-    clip: av.container.InputContainer, stream: av.AudioStream, num_frames: int
+    clip: av.container.InputContainer, stream: av.AudioStream, source: str | BinaryIO
 ) -> float:
     """Return the exact length in seconds that the header declares; 0 or less if there is none."""
     name, codec = clip.format.name, stream.codec_context.name
@@ -377,7 +334,7 @@ def _declared_seconds(
         return float(stream.frames * (stream.time_base or 0))
     if name == "mp3":  # FFmpeg's duration is inexact if data follows the sound
         per_frame = 1152 if stream.sample_rate >= 32_000 else 576
-        return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate
+        return (num_mp3_frames(source) * per_frame - ENCODER_SAMPLES) / stream.sample_rate
     if codec.startswith(ESTIMATED_CODECS) or not any(known in name for known in EXACT_LENGTH):
         return 0.0
     if length := DURATION.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska

@@ -600,6 +600,57 @@ def test_a_wav_whose_header_has_a_wrong_length_is_read_to_its_end(
     np.testing.assert_array_equal(found * scale, samples)
 
 
+@pytest.mark.parametrize("size", [0, 8])
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT", "ULAW"])
+@pytest.mark.parametrize("form", ["AU", "AIFF"])
+def test_an_au_or_aiff_of_an_interrupted_recorder_is_read_to_its_end(
+    tmp_path: Path, form: str, subtype: str, size: int
+) -> None:
+    """Its header declares no samples. In an AIFF, the size may include the 8 bytes before them."""
+    path = tmp_path / "a.bin"
+    soundfile.write(path, voice(), 48_000, format=form, subtype=subtype)
+    whole, data = decode(str(path)), bytearray(path.read_bytes())
+    if form == "AU":
+        data[8:12] = bytes(4)
+    else:
+        data[4:8] = bytes(4)
+        frames, samples = data.index(b"COMM") + 10, data.index(b"SSND") + 4
+        data[frames : frames + 4] = bytes(4)
+        data[samples : samples + 4] = size.to_bytes(4)
+    path.write_bytes(data)
+    found = decode(str(path))
+    assert found.loss is None
+    scale = 32768 if found.samples.dtype == np.int16 else 1
+    np.testing.assert_array_equal(found.samples / np.float32(scale), whole.samples)
+
+
+@pytest.mark.parametrize("form", ["RIFF", "RIFX"])
+@pytest.mark.parametrize("place", [12, 36, -1])
+def test_the_byte_after_a_chunk_of_odd_size_may_be_missing(
+    tmp_path: Path, samples: np.ndarray, form: str, place: int
+) -> None:
+    path, order = tmp_path / "a.wav", ">" if form == "RIFX" else "<"
+    soundfile.write(path, samples, 48_000, "PCM_16", "BIG" if form == "RIFX" else "LITTLE")
+    data = path.read_bytes()
+    note = b"LIST" + struct.pack(f"{order}I4s", 7, b"INFO") + b"abc"
+    place = len(data) if place < 0 else place
+    path.write_bytes(data[:place] + note + data[place:])
+    sound = decode(str(path))
+    np.testing.assert_array_equal(sound.samples, samples)
+    assert sound.loss is None
+
+
+@pytest.mark.parametrize("before", [b"\0", bytes(512), b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n"])
+def test_zeros_or_text_before_a_wav_are_skipped(
+    tmp_path: Path, samples: np.ndarray, before: bytes
+) -> None:
+    path = write_wav(tmp_path / "a.wav", samples)
+    path.write_bytes(before + path.read_bytes())
+    np.testing.assert_array_equal(decode(str(path)).samples, samples)
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(decode(file).samples, samples)
+
+
 @pytest.mark.parametrize("form", ["WAV", "FLAC"])
 def test_a_tag_before_the_header_is_skipped(tmp_path: Path, samples: np.ndarray, form: str) -> None:
     plain = tmp_path / "plain"
@@ -725,6 +776,19 @@ def test_the_incomplete_last_page_of_an_ogg_is_lost(tmp_path: Path, codec: str) 
     assert decode(str(path)).loss is None
 
 
+@pytest.mark.parametrize("codec", ["libopus", "flac"])
+def test_a_missing_page_of_an_ogg_is_lost(tmp_path: Path, codec: str) -> None:
+    """The pages are numbered. The file has no unread bytes, as after a pause of the recorder."""
+    path = write_sound(tmp_path / "a.ogg", voice(10.0), codec, "ogg")
+    data, whole = path.read_bytes(), decode(str(path))
+    pages = [place for place in range(len(data)) if data.startswith(b"OggS", place)]
+    path.write_bytes(data[: pages[5]] + data[pages[6] :])
+    found = decode(str(path))
+    assert len(found.samples) == len(whole.samples)
+    assert found.lost_seconds == pytest.approx(1.0, abs=0.1)
+    assert not found.samples[4 * 48_000 : 5 * 48_000].all()
+
+
 def test_a_damaged_fragment_of_an_mp4_is_lost_with_all_after_it(tmp_path: Path) -> None:
     """FFmpeg reads no further. If the fragment is missing, the others keep their times."""
     path, sound = tmp_path / "a.mp4", voice(10.0)
@@ -740,6 +804,7 @@ def test_a_damaged_fragment_of_an_mp4_is_lost_with_all_after_it(tmp_path: Path) 
     after = data.index(b"moof", first + 8) - 4
     path.write_bytes(data[:first] + data[after:])
     found = decode(str(path))
+    assert found.lost_seconds == pytest.approx(0.5, abs=0.05)
     np.testing.assert_allclose(found.samples[-48_000:], whole.samples[-48_000:], atol=0.02)
     path.write_bytes(data[:first] + bytes(after - first) + data[after:])
     found = decode(str(path))

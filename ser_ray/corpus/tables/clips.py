@@ -7,9 +7,7 @@ begin with `~`.
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
@@ -48,15 +46,14 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     """
     paths = rows["path"].to_pylist()
     insides = rows[FOLDER].to_pylist() if FOLDER in rows.column_names else [""] * len(rows)
-    paths_of = defaultdict(list)
-    for inside, path in dict.fromkeys(zip(insides, paths, strict=True)):
-        paths_of[inside].append(path)
-    files = {
-        (inside, path): file
-        for inside, own in paths_of.items()
-        for path, file in _find_files(folder, inside, own)
-    }
-    found = [files[key] for key in zip(insides, paths, strict=True)]
+    keys = list(zip(insides, paths, strict=True))
+    starts = {}
+    for inside in dict.fromkeys(insides):
+        own_paths = [path for name, path in keys if name == inside]
+        own_folder = location_inside(folder, inside) if inside else folder
+        starts[inside] = _start_of_paths(own_folder, own_paths)
+    files = {key: _find_file(folder, starts[key[0]], key[1]) for key in dict.fromkeys(keys)}
+    found = [files[key] for key in keys]
     locations = [file.location for file in found]
     for row, location in enumerate(locations, start=1):
         try:
@@ -93,16 +90,6 @@ def _default_takes(rows: pa.Table, files: Sequence[ListedFile]) -> list[str]:
     return takes
 
 
-def _find_files(folder: str, inside: str, paths: list[str]) -> Iterator[tuple[str, ListedFile]]:
-    """Yield each path of the table in the folder `inside` of a corpus, and its file."""
-    own = location_inside(folder, inside) if inside else folder
-    start = _start_of_paths(own, paths)
-    below = f"{start.removeprefix(folder).strip('/')}/" if start.startswith(f"{folder}/") else ""
-    for path in paths:
-        file = _find_file(start, path)
-        yield path, replace(file, inside=below + file.inside)
-
-
 def _start_of_paths(folder: str, paths: list[str]) -> str:
     """Return the folder at which relative paths start: `folder`, or one of the four above it."""
     if "://" in folder:
@@ -114,8 +101,8 @@ def _start_of_paths(folder: str, paths: list[str]) -> str:
     return folder
 
 
-def _find_file(folder: str, path: str) -> ListedFile:
-    """Find a file by its path in the table."""
+def _find_file(corpus: str, folder: str, path: str) -> ListedFile:
+    """Find a file by its path in the table, which starts at `folder`, in or above the corpus."""
     path, mark, row = path.partition(ROW)
     if uri := _FILE_URI.match(path):
         path = unquote(path[uri.end() :])
@@ -137,7 +124,8 @@ def _find_file(folder: str, path: str) -> ListedFile:
         problem = OTHER_DRIVE
     elif problem == NO_FILE and not os.path.isdir(os.path.dirname(location)):  # noqa: PTH112, PTH120
         problem = NO_FOLDER
-    inside = path.removeprefix(f"{folder}/") + mark + row
+    below = f"{folder.removeprefix(corpus).strip('/')}/" if folder.startswith(f"{corpus}/") else ""
+    inside = below + path.removeprefix(f"{folder}/") + mark + row
     location += mark + row
     if status is None or problem:
         return ListedFile(inside, location, None, None, problem)

@@ -72,13 +72,11 @@ def read_table(
         raise CorpusError(f"{source}: the table has no rows")
     nulls = pa.nulls(num_rows, pa.string())
     starts, ends, split = (values.pop(name, nulls) for name in ("start", "end", "split"))
-    folders = values.pop(FOLDER, None)
-    _refuse_missing(source, values, {word.strip().lower() for word in missing})
+    needed = {name: values[name] for name in COLUMNS if name in values}
+    _refuse_missing(source, needed, {word.strip().lower() for word in missing})
     segments = _read_times(source, starts.to_pylist(), ends.to_pylist())
-    for name, seconds in zip(("start", "end"), zip(*segments, strict=True), strict=True):
-        values[name] = pa.array(seconds, pa.float64())
-    if folders is not None:
-        values[FOLDER] = folders
+    times = (pa.array(seconds, pa.float64()) for seconds in zip(*segments, strict=True))
+    values |= dict(zip(("start", "end"), times, strict=True))
     return pa.table(values | {"split": _read_split(split)}), notes
 
 

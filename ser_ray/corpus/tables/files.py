@@ -8,9 +8,9 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -142,14 +142,8 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
 
 def _without_blank_rows(table: pa.Table) -> pa.Table:
     """Remove rows without any value. Spreadsheets write rows that only have separators."""
-    blank = pa.array(np.arange(len(table)))
-    for column in table.columns:
-        if len(blank) == 0:
-            return table
-        blank = blank.filter(pc.equal(pc.utf8_trim_whitespace(column.take(blank)), ""))
-    is_kept = np.ones(len(table), bool)
-    is_kept[blank.to_numpy()] = False
-    return table.filter(pa.array(is_kept))
+    is_blank = [pc.equal(pc.utf8_trim_whitespace(column), "") for column in table.columns]
+    return table.filter(pc.invert(reduce(pc.and_, is_blank)))
 
 
 def _require_closed_quotes(text: str, separator: str) -> None:
