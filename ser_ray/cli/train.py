@@ -1,5 +1,6 @@
 """The verbs that train: train, lr-range, tune and crossval."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,9 +11,12 @@ from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.verb import Verb, VerbResult, say
 from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.run_config import RunConfig
+from ser_ray.errors import SerRayError
 from ser_ray.features.config import KINDS
 from ser_ray.search.config import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 DESCRIBED = (
     "feature", "protocol", "fold", "epochs", "batch_size", "lr_min", "lr_max", "weights", "seed",
@@ -35,6 +39,15 @@ class TrainingVerb(Verb):
     def inputs(self) -> tuple[tuple[str, ...], TrainConfig, RunConfig]:
         """The first three arguments of `api.train`, `lr_range`, `tune` and `crossval`."""
         return self.shards, self.recipe, self.run_config
+
+    def check(self) -> None:
+        """Warn if the shards cannot be opened; `prepare` may make them before the training."""
+        from ser_ray.shards.corpora import open_corpora
+
+        try:
+            open_corpora(self.shards, self.recipe.label_map)
+        except SerRayError as error:
+            logger.warning("%s", error)
 
     def place(self) -> str:
         """Return where Ray runs the trainings: on this machine or on a cluster."""

@@ -32,7 +32,8 @@ class Common:
     json: bool = False
     """Print the result as JSON on standard output. Progress is still printed on standard error."""
     dry_run: bool = False
-    """Print the resolved configuration, and where a training would run, but do not run anything."""
+    """Print the resolved configuration, and where a training would run, but do not run anything.
+    Warn if the shards of a training cannot be opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,12 @@ class Verb:
         return ""
 
     def check(self) -> None:
-        """Check, for `--dry-run`, that the tracking store exists if this verb only reads it.
+        """Check, for `--dry-run`, that what this verb only reads exists.
+
+        If shards cannot be opened, a warning is logged.
 
         Raises:
-            TrackingError: the store does not exist.
+            TrackingError: the tracking store does not exist.
         """
 
     def run(self) -> VerbResult:

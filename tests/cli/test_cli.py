@@ -173,6 +173,19 @@ def test_dry_run_says_that_the_store_of_a_model_is_missing(command, capsys, in_t
     assert not list(in_tmp.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["train", "lr-range", "tune", "crossval"])
+def test_dry_run_says_that_there_are_no_shards(verb, capsys, in_tmp):
+    assert main([verb, "--dry-run", "--shards", "away"]) == 0
+    output, error = capsys.readouterr()
+    assert json.loads(output)
+    assert error == (
+        f"warning: {in_tmp}/away: there are no shards; make them with `ser-ray prepare`\n"
+    )
+    write_shard_files(in_tmp / "away")
+    assert main([verb, "--dry-run", "--shards", "away"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_dry_run_on_the_synthetic_corpus_shows_its_recipe_and_keeps_the_flags_given(capsys):
     flags = ["--epochs", str(TrainConfig().epochs), "--time-masks", "1"]  # as good as any other
     assert main(["pipeline", "--dry-run", *flags]) == 0
@@ -447,7 +460,7 @@ def test_importing_the_package_loads_nothing_and_offers_the_api():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("words", [["--version"], ["train", "--dry-run"], ["train", "--help"]])
+@pytest.mark.parametrize("words", [["--version"], ["download", "--dry-run"], ["train", "--help"]])
 @pytest.mark.parametrize("target", ["closed pipe", "/dev/full"])
 def test_output_that_cannot_be_written_has_a_status_and_no_warning_of_python(words, target):
     """Python buffers the output if it is no terminal, and writes it after `main` has returned."""

@@ -181,10 +181,10 @@ def test_output_is_readable_in_ascii(monkeypatch):
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_verb_runs_although_its_output_is_closed(closed, in_tmp):
     done = subprocess.run(
-        f"{sys.executable} -m ser_ray train --dry-run {closed}", shell=True, capture_output=True
+        f"{sys.executable} -m ser_ray download --dry-run {closed}", shell=True, capture_output=True
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert (b'"train"' in done.stdout) == (">&-" not in closed.split())
+    assert (b'"download"' in done.stdout) == (">&-" not in closed.split())
 
 
 def test_a_full_disk_is_one_line(verb, capsys):
