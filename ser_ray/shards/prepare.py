@@ -239,8 +239,8 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
     )
     if len(rows) == num_files or set(rows["reason"].to_pylist()) != {NO_FILE}:
         raise CorpusError(
-            f"{config.corpus}: {text}. Relative paths start at the folder of the table, or at a "
-            "folder above it"
+            f"{config.corpus}: {text}. Relative paths start at the table's folder or, if it has "
+            "none of the files, at the nearest of the four folders above it that has one"
         )
     return [text]
 

@@ -558,6 +558,7 @@ def test_files_that_a_table_names_and_that_do_not_exist_are_listed(tmp_path: Pat
         with pytest.raises(CorpusError, match=f"{len(lost)} of 2 files do not exist: ") as caught:
             prepare(config)
         assert all(path in str(caught.value) for path in lost)
+        assert "at the nearest of the four folders above it that has one" in str(caught.value)
         listing = tmp_path / "shards" / "missing.csv"
         assert str(listing) in str(caught.value)
         assert sorted(pandas.read_csv(listing)["path"]) == sorted(lost)
