@@ -100,7 +100,8 @@ def run_lr_range(
         tags = run_tags("range test", label, shards)
         params = recipe.to_dict() | {"lr_range": asdict(test)}
         about = "a learning-rate range test, which proposes lr_min and lr_max"
-        with start_run(folder, run, shards, tags, params, about) as tracker:
+        # The lock and the identity keep trainings and other tests out of the folder.
+        with folder.lock(), start_run(folder, run, shards, tags, params, about, params) as tracker:
             run_steps = _steps_on_ray if on_ray else _steps
             with closing(run_steps(recipe, shards, pretrained, test, gpu)) as steps:
                 proposal = propose_bounds(*_show_steps(steps, test))

@@ -22,7 +22,7 @@ def start_run(
     tags: dict[str, str],
     params: dict[str, Any],
     about: str,
-    identity: dict[str, Any] | None = None,
+    identity: dict[str, Any],
     files: Mapping[str, Any] = {},
 ) -> Tracker:
     """Start an MLflow run, or resume the one that the record in the run folder names.
@@ -35,7 +35,7 @@ def start_run(
         params: parameters of a new run.
         about: what the run is; a line of the run's description.
         identity: settings that must not change while the folder exists. They and the id of the
-            MLflow run are written into the folder's record. If None, the run is always new.
+            MLflow run are written into the folder's record.
         files: further artifacts (`Tracker.log_files`).
 
     Raises:
@@ -51,11 +51,10 @@ def start_run(
         params=params,
         tags=tags,
         dataset=dataset_of(shards),
-        run_id=run_to_resume(uri, folder.record()) if identity else "",
+        run_id=run_to_resume(uri, folder.record()),
     )
     with tracker:  # closes the run if one of these calls fails
-        if identity:
-            folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+        folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
         again = tags["command"]
         if tags["kind"] == "training":
             again = command_like(tracker.run_id, shards.locations, run)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ser_ray.cli.train import Train
 from ser_ray.distributed import in_process
 from ser_ray.distributed.in_process import train_in_process
+from ser_ray.distributed.lr_range import run_lr_range
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import (
     TRACE,
@@ -27,14 +28,22 @@ from ser_ray.distributed.run_folder import (
     TrainingTask,
 )
 from ser_ray.distributed.train import train
-from ser_ray.errors import ConfigError, LockLostError, SerRayError, ShardsError
+from ser_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    LockLostError,
+    MismatchError,
+    SerRayError,
+    ShardsError,
+)
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.to_mlflow import register
+from ser_ray.storage.lock import FolderLock
 from ser_ray.tracking.run_metadata import NOTE
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import MODEL, Snapshot
 from ser_ray.training.model import Pretrained
-from ser_ray.training.recipe import TrainConfig
+from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 from tests.mlflow_store import new_store
 from tests.shard_files import write_shard_files
 
@@ -286,3 +295,22 @@ assert not psutil.Process().children(recursive=True)
         [sys.executable, "-c", program % (shards, shards)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_no_training_runs_in_the_folder_of_a_range_test(in_tmp, small_network, monkeypatch):
+    shards, run, test = (
+        write_shard_files(in_tmp / "shards"),
+        RunConfig(name="one"),
+        LrRangeConfig(lowest=1e-4, steps=80),
+    )
+    with FolderLock("ser-ray-out/runs/one", SerRayError, activity="", advice=""):
+        monkeypatch.setattr(RunFolder, "exists", lambda folder: False)  # it began a moment ago
+        with pytest.raises(CheckpointError, match="under this name"):
+            run_lr_range(shards, CONFIG, run, test)
+    result = run_lr_range(shards, CONFIG, run, test)
+    page = Path(result.report).read_bytes()
+    with pytest.raises(MismatchError, match="runs/one: the earlier run of this name has other"):
+        train(shards, CONFIG, run, on_epoch=lambda row: None)
+    assert Path(result.report).read_bytes() == page
+    assert RunFolder("ser-ray-out/runs", "one").record()["run_id"] == result.run_id
