@@ -333,7 +333,7 @@ def group_rows(
     for group in sorted(set(groups)):
         in_group = group_of == group
         confusion = count_confusion(truth[in_group], predicted[in_group], num_labels)
-        scores = Scores(confusion, loss=0.0)
+        scores = Scores(confusion)
         num_clips = len(set(clip_of[in_group]))
         rows.append({kind: group, "clips": num_clips, "wa": scores.wa, "ua": scores.ua})
     return rows

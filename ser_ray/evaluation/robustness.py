@@ -15,8 +15,8 @@ from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Row
 from ser_ray.features.conditions import CONDITIONS
 from ser_ray.inference.batch import predict_under
+from ser_ray.inference.prediction import UNREACHABLE
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import UNREACHABLE
 from ser_ray.training.metrics import Scores, count_confusion
 
 
@@ -78,7 +78,7 @@ def score_under(evaluation: Evaluation, predicted: Mapping[str, np.ndarray]) -> 
 
 def _row(name: str, definition: str, evaluation: Evaluation, predicted: np.ndarray) -> Row:
     num_indices = len(evaluation.card.labels) + 1  # the last index is that of unscored clips
-    scores = Scores(count_confusion(evaluation.truth, predicted, num_indices), loss=0.0)
+    scores = Scores(count_confusion(evaluation.truth, predicted, num_indices))
     change = statistics.compare(
         evaluation.speakers,
         evaluation.clips,

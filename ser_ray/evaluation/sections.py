@@ -190,12 +190,10 @@ def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[
             the sum.
         labels: the labels, in the order of the counts.
     """
-    scores_by_seed = [Scores(confusion, loss=0.0) for confusion in confusions]
+    scores = Scores(np.stack(confusions))
     columns: dict[str, Sequence[Any]] = {"label": labels}
     for name in ("precision", "recall", "f1"):
-        columns[name] = np.mean(
-            [getattr(scores, name) for scores in scores_by_seed], axis=0
-        ).tolist()
+        columns[name] = getattr(scores, name).mean(axis=0).tolist()
     columns["support"] = np.sum(confusions, axis=(0, 2)).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -212,7 +210,7 @@ def headline(confusion: np.ndarray, labels: Sequence[str], noun: str = "clips") 
         noun: what is counted. Several seeds make several predictions for a clip.
     """
     support = confusion.sum(axis=1)
-    recall = np.where(support > 0, Scores(confusion, loss=0.0).recall, np.nan)
+    recall = np.where(support > 0, Scores(confusion).recall, np.nan)
     best, worst = int(np.nanargmax(recall)), int(np.nanargmin(recall))
     if recall[best] == recall[worst]:
         sentence = f"Every label has a recall of {recall[best]:.0%}."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ser_ray.training.metrics import macro_f1_of, ua_of, wa_of
+from ser_ray.training.metrics import Scores
 
 NUM_DRAWS = 2000
 """Number of resamples of the bootstrap."""
@@ -56,8 +56,8 @@ def bootstrap(
             A score is then the mean over the seeds, and the same speakers are drawn for all seeds.
     """
     counts, drawn = _counts(speakers, clips, truth, predicted, num_labels, seeds)
-    draws = _resample(counts)  # [draws, seeds, labels, labels]
-    ua, wa, f1 = (_interval(score(draws).mean(axis=1)) for score in (ua_of, wa_of, macro_f1_of))
+    scores = Scores(_resample(counts))  # each score is [draws, seeds]
+    ua, wa, f1 = (_interval(s.mean(axis=1)) for s in (scores.ua, scores.wa, scores.macro_f1))
     return Intervals(drawn=drawn, count=len(counts), ua=ua, wa=wa, f1=f1)
 
 
@@ -155,8 +155,8 @@ def compare(
     first_counts, drawn = _counts(speakers, clips, truth, first, num_labels)
     second_counts, _ = _counts(speakers, clips, truth, second, num_labels)
     # `_resample` draws the same speakers in both calls.
-    differences = ua_of(_resample(first_counts)) - ua_of(_resample(second_counts))
-    first_ua, second_ua = (ua_of(c.sum(axis=(0, 1))) for c in (first_counts, second_counts))
+    differences = Scores(_resample(first_counts)).ua - Scores(_resample(second_counts)).ua
+    first_ua, second_ua = (Scores(c.sum(axis=(0, 1))).ua for c in (first_counts, second_counts))
     return Comparison(
         wa_difference=float(first_right.mean() - second_right.mean()),
         only_first_right=only_first,

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import toeplitz
 from torch import Tensor
 from torch.distributions import Gamma
 from torchaudio.functional import create_dct
@@ -110,8 +111,9 @@ class Acoustics:
 
         num_bins = features.num_bins("spectrogram")
         weights = np.eye(num_bins) if kind == "spectrogram" else mel_bands(features)
+        correlation = toeplitz(np.pad(HANN_CORRELATION, (0, num_bins - len(HANN_CORRELATION))))
         # Variance of the power of white noise, relative to one bin of the Fourier transform.
-        variances = np.einsum("bk,kl,bl->b", weights, _bin_correlation(num_bins), weights)
+        variances = np.einsum("bk,kl,bl->b", weights, correlation, weights)
         self.config, self.device = config, device
         self.mean, self.std = (
             to_device(values)[:, None] for values in (normalisation.mean, normalisation.std)
@@ -219,11 +221,3 @@ class Acoustics:
 def from_decibels(decibels: Tensor) -> Tensor:
     """Convert dB to power."""
     return 10 ** (decibels / 10)
-
-
-def _bin_correlation(num_bins: int) -> np.ndarray:
-    """Return the correlation of the power of white noise between bins [bins, bins]."""
-    bins = np.arange(num_bins)
-    by_distance = np.zeros(num_bins)
-    by_distance[: len(HANN_CORRELATION)] = HANN_CORRELATION
-    return by_distance[np.abs(bins[:, None] - bins)]

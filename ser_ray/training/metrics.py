@@ -7,6 +7,7 @@ predicted.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,16 +16,18 @@ from ser_ray.training.recipe import Keep
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of a set of clips.
+    """Scores of a set of clips, or of many sets at once.
+
+    Every score has the leading dimensions of `confusion`; for one set it is a number.
 
     Args:
-        confusion: number of clips [labels, labels], with a row for each true label and a column for
-            each predicted label.
+        confusion: number of clips [..., labels, labels], with a row for each true label and a
+            column for each predicted label.
         loss: mean negative log-likelihood of the true label, in nats.
     """
 
     confusion: np.ndarray
-    loss: float
+    loss: float = 0.0
 
     @property
     def num_clips(self) -> int:
@@ -32,38 +35,60 @@ class Scores:
         return int(self.confusion.sum())
 
     @property
-    def wa(self) -> float:
-        """Share of the clips whose predicted label is correct."""
-        return float(wa_of(self.confusion))
+    def wa(self) -> Any:
+        """Share of the clips whose predicted label is correct; 0 without clips."""
+        return _ratio(self._hits.sum(axis=-1), self.confusion.sum(axis=(-2, -1)))
 
     @property
-    def ua(self) -> float:
-        """Mean recall over the labels that occur."""
-        return float(ua_of(self.confusion))
+    def ua(self) -> Any:
+        """Mean recall over the labels that occur; 0 if no label occurs."""
+        return _mean_where(self.recall, self._occurrences > 0)
 
     @property
-    def macro_f1(self) -> float:
-        """Mean F1 over the labels that occur or are predicted."""
-        return float(macro_f1_of(self.confusion))
+    def macro_f1(self) -> Any:
+        """Mean F1 over the labels that occur or are predicted; 0 without clips."""
+        return _mean_where(self.f1, self._occurrences + self._predictions > 0)
 
     @property
     def recall(self) -> np.ndarray:
-        """Recall [labels]; 0 for a label that does not occur."""
-        return recall_of(self.confusion)
+        """Recall [..., labels]; 0 for a label that does not occur."""
+        return _ratio(self._hits, self._occurrences)
 
     @property
     def precision(self) -> np.ndarray:
-        """Precision [labels]; 0 for a label that is never predicted."""
-        return _ratio(_hits(self.confusion), self.confusion.sum(axis=0))
+        """Precision [..., labels]; 0 for a label that is never predicted."""
+        return _ratio(self._hits, self._predictions)
 
     @property
     def f1(self) -> np.ndarray:
-        """F1 [labels]: 2 TP / (occurrences + predictions)."""
-        return f1_of(self.confusion)
+        """F1 [..., labels]: 2 TP / (occurrences + predictions); 0 for 0 / 0."""
+        return _ratio(2 * self._hits, self._occurrences + self._predictions)
 
     def to_dict(self) -> dict[str, float]:
         """Return the scalar scores by their names in MLflow."""
-        return {"loss": self.loss, "wa": self.wa, "ua": self.ua, "f1": self.macro_f1}
+        scores = {"loss": self.loss, "wa": self.wa, "ua": self.ua, "f1": self.macro_f1}
+        return {name: float(score) for name, score in scores.items()}
+
+    @property
+    def _hits(self) -> np.ndarray:
+        return np.diagonal(self.confusion, axis1=-2, axis2=-1)
+
+    @property
+    def _occurrences(self) -> np.ndarray:
+        return self.confusion.sum(axis=-1)
+
+    @property
+    def _predictions(self) -> np.ndarray:
+        return self.confusion.sum(axis=-2)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    ratio = np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
+    return ratio[()]  # an array without dimensions becomes a number
+
+
+def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return _ratio((values * where).sum(axis=-1), where.sum(axis=-1))
 
 
 def count_confusion(truth: np.ndarray, predicted: np.ndarray, num_labels: int) -> np.ndarray:
@@ -88,46 +113,6 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     predicted = probabilities.argmax(axis=1)
     loss = float(log_losses(truth, probabilities).mean()) if len(truth) else 0.0
     return Scores(count_confusion(truth, predicted, num_labels), loss)
-
-
-# The following functions also score many confusion matrices at once [..., labels, labels].
-
-
-def recall_of(confusion: np.ndarray) -> np.ndarray:
-    """Return the recall [..., labels]; 0 for a label that does not occur."""
-    return _ratio(_hits(confusion), confusion.sum(axis=-1))
-
-
-def f1_of(confusion: np.ndarray) -> np.ndarray:
-    """Return the F1 [..., labels]: 2 TP / (occurrences + predictions); 0 for 0 / 0."""
-    return _ratio(2 * _hits(confusion), confusion.sum(axis=-1) + confusion.sum(axis=-2))
-
-
-def wa_of(confusion: np.ndarray) -> np.ndarray:
-    """Return the share of the clips whose predicted label is correct [...]; 0 without clips."""
-    return _ratio(_hits(confusion).sum(axis=-1), confusion.sum(axis=(-2, -1)))
-
-
-def ua_of(confusion: np.ndarray) -> np.ndarray:
-    """Return the mean recall over the labels that occur [...]; 0 if no label occurs."""
-    return _mean_where(recall_of(confusion), confusion.sum(axis=-1) > 0)
-
-
-def macro_f1_of(confusion: np.ndarray) -> np.ndarray:
-    """Return the mean F1 over the labels that occur or are predicted [...]; 0 without clips."""
-    return _mean_where(f1_of(confusion), confusion.sum(axis=-1) + confusion.sum(axis=-2) > 0)
-
-
-def _hits(confusion: np.ndarray) -> np.ndarray:
-    return np.diagonal(confusion, axis1=-2, axis2=-1)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
-
-
-def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return _ratio((values * where).sum(axis=-1), where.sum(axis=-1))
 
 
 def selected_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:

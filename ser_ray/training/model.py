@@ -10,6 +10,7 @@ convolution are *summed*. For a one-channel image, the network then has the outp
 has for the same image in all three channels.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ IMAGENET_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 download checks."""
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 """Keys under which other programs store the weights in a file."""
-WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
+WRAPPER_PREFIXES = re.compile(r"^((module|model|_orig_mod|backbone|network)\.)+")
 """Prefixes that wrappers of a network put before the names of its weights."""
 LAYER_SCALE = 10.0
 """The trained parameters are multiplied by this factor before the softmax that gives the weights of
@@ -288,13 +289,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named weights")
-    return {_strip_prefixes(str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
-
-
-def _strip_prefixes(key: str) -> str:
-    while key.startswith(WRAPPER_PREFIXES):
-        key = key.partition(".")[2]
-    return key
+    return {
+        WRAPPER_PREFIXES.sub("", str(key)): value
+        for key, value in content.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _fit(state: dict[str, Tensor], expected: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
