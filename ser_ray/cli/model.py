@@ -213,8 +213,7 @@ def problem_of(counts: Mapping[str, int]) -> str:
     Args:
         counts: number of files by status.
     """
-    from ser_ray.inference.prediction import UNSURE
-    from ser_ray.inference.recordings import UNREACHABLE
+    from ser_ray.inference.prediction import UNREACHABLE, UNSURE
 
     if num_unreachable := counts.get(UNREACHABLE):
         return f"unreachable files: {num_unreachable}; the same command tries them again"

@@ -177,23 +177,22 @@ def _predict(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data sets the level
-    items = [
-        {
-            "condition": condition,
-            "clip": clip,
-            "path": path,
-            "start": _or_nan(start),
-            "end": _or_nan(end),
-        }
-        for condition in conditions
-        for clip, (path, start, end) in enumerate(clips)
-    ]
-    blocks = -(-len(items) // FILES_PER_BLOCK)
-    dataset = ray.data.from_items(items, override_num_blocks=blocks)
+    paths, starts, ends = zip(*clips, strict=True)
+    columns = {
+        "clip": range(len(clips)),
+        "path": paths,
+        "start": pa.array(starts, pa.float64()),  # in a batch, None becomes NaN
+        "end": pa.array(ends, pa.float64()),
+    }
+    table = pa.concat_tables(
+        pa.table({"condition": [condition] * len(clips), **columns}) for condition in conditions
+    )
+    firsts = range(0, len(table), FILES_PER_BLOCK)
+    dataset = ray.data.from_arrow([table[first : first + FILES_PER_BLOCK] for first in firsts])
     total, with_gpus = max_resources(), has_gpus()
 
     def pool(kind: str) -> ray.data.ActorPoolStrategy:  # an actor for every CPU or GPU
-        return ray.data.ActorPoolStrategy(size=min(max(int(total.get(kind, 0)), 1), blocks))
+        return ray.data.ActorPoolStrategy(size=min(max(int(total.get(kind, 0)), 1), len(firsts)))
 
     if with_gpus:
         dataset = dataset.map_batches(
@@ -225,10 +224,6 @@ def _group_by_windows(
 ) -> Iterator[list[RecordingFeatures]]:
     """Yield the recordings in groups, each of which ends with `WINDOWS_AT_ONCE` windows or more."""
     return in_groups(recordings, lambda recording: len(recording.features), WINDOWS_AT_ONCE)
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value  # a NumPy array of floats cannot hold None
 
 
 def _decode_clip(

@@ -17,6 +17,8 @@ BAR_WIDTH = 40
 """Number of characters in a bar for 100 %."""
 UNSURE = "unsure"
 """Status of a recording in which every emotion is less probable than the minimum confidence."""
+UNREACHABLE = "unreachable"
+"""Status of a file that the storage could not deliver; a later attempt may succeed."""
 _TEXT_COLUMNS = ("path", "status", "reason", "warning", "emotion")
 
 
@@ -61,16 +63,16 @@ class Prediction:
     reason: str | None = None
     """The reason for the status."""
     warning: str | None = None
-    """A reason to doubt the prediction, such as a loud background."""
+    """A reason to doubt the prediction, such as a loud background or lost sound."""
 
     def __str__(self) -> str:
         return f"{printable(self.path.rpartition('/')[2])}: {self._summary()}"
 
     def _summary(self) -> str:
-        if self.probabilities is None or self.emotion is None:
-            return f"{self.status} ({self.reason})"
-        length = f" over {_clock(self.duration or 0)}" if self.timeline else ""
         warning = f"; {self.warning}" if self.warning else ""
+        if self.probabilities is None or self.emotion is None:
+            return f"{self.status} ({self.reason}){warning}"
+        length = f" over {_clock(self.duration or 0)}" if self.timeline else ""
         return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
     def to_pandas(self) -> "pd.DataFrame":

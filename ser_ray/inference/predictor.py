@@ -10,6 +10,7 @@ torchvision, so that a first prediction takes little longer than importing torch
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from operator import itemgetter
 from pathlib import Path
@@ -170,35 +171,22 @@ class Predictor:
 
     def _prediction(self, recording: RecordingFeatures, probabilities: np.ndarray) -> Prediction:
         """Make the prediction for a recording with these probabilities [windows, labels]."""
-        if recording.status != "ok":
-            return Prediction(
-                path=recording.path,
-                duration=recording.duration,
-                status=recording.status,
-                reason=recording.reason,
-            )
+        if recording.prediction.status != "ok":
+            return recording.prediction
         answer = self._most_probable(probabilities.mean(axis=0))
-        status, reason = "ok", None
         if answer["emotion"] is None:
             label, highest = max(answer["probabilities"].items(), key=itemgetter(1))
-            status = UNSURE
-            reason = (
+            answer["status"] = UNSURE
+            answer["reason"] = (
                 f"{label}, the most probable emotion, has a probability of {highest:.0%}, below "
                 f"{self.min_confidence:.0%}"
             )
-        return Prediction(
-            path=recording.path,
-            **answer,
-            status=status,
-            reason=reason,
-            duration=recording.duration,
-            timeline=tuple(
-                WindowPrediction(start=start, end=end, **self._most_probable(row))
-                # A recording that is scored as one clip has probabilities, but no windows.
-                for (start, end), row in zip(recording.windows, probabilities, strict=False)
-            ),
-            warning=recording.warning,
+        timeline = tuple(
+            WindowPrediction(start=start, end=end, **self._most_probable(row))
+            # A recording that is scored as one clip has probabilities, but no windows.
+            for (start, end), row in zip(recording.windows, probabilities, strict=False)
         )
+        return replace(recording.prediction, **answer, timeline=timeline)
 
     def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:
         """Return the emotion (None below the minimum confidence) and the probability by label."""

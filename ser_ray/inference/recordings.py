@@ -21,6 +21,7 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.loudness import Loudness, measure_loudness
 from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.inference.prediction import UNREACHABLE, Prediction
 from ser_ray.storage.paths import as_utf8
 
 CLEAR_DB = 12.0
@@ -28,8 +29,6 @@ CLEAR_DB = 12.0
 None of 400 clips of RAVDESS gets the warning. With added white noise, 4 % of them get it at a noise
 level of -60 dB of full scale, 26 % at -50 dB, and 69 % at -40 dB. Recordings of noise alone always
 get it."""
-UNREACHABLE = "unreachable"
-"""Status of a file that the storage could not deliver; a later attempt may succeed."""
 
 Window = tuple[float, float]
 """Start and end of a window, in seconds from the beginning of the recording."""
@@ -37,24 +36,17 @@ Decode = Callable[..., Sound]
 """`decode`, or `Sandbox.decode`, which survives a file that kills the decoding process."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RecordingFeatures:
-    """The features of one recording, or the reason why there are none."""
+    """The features of one recording. There are none if it cannot be scored."""
 
-    path: str
-    duration: float | None = None
-    """Seconds of the complete recording; None if it could not be decoded."""
+    prediction: Prediction
+    """What is known before the network runs: all but the emotion, probabilities and timeline."""
     windows: tuple[Window, ...] = ()
     """The windows of a long recording; empty if the recording is scored as one clip."""
     features: tuple[np.ndarray, ...] = ()
     """One array for a clip, or one for each window. An encoder takes the waveform [num_samples]
     float32; every other network takes features [bins, frames] float16."""
-    status: str = "ok"
-    """ok, or the reason in one word (see `Prediction.status`; never unsure)."""
-    reason: str | None = None
-    """The reason for the status."""
-    warning: str | None = None
-    """A reason to doubt the prediction."""
 
 
 class RecordingReader:
@@ -86,16 +78,18 @@ class RecordingReader:
             sound = decode(file, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
             status = UNREACHABLE if error.failed == "storage" else error.status
-            return RecordingFeatures(path=name, status=status, reason=error.reason)
+            return RecordingFeatures(Prediction(path=name, status=status, reason=error.reason))
         recording = self.read_samples(sound.samples, sound.sample_rate, name)
-        warnings = [text for text in (sound.loss, recording.warning) if text]
-        return replace(recording, warning="; ".join(warnings) or None)
+        warnings = [text for text in (sound.loss, recording.prediction.warning) if text]
+        prediction = replace(recording.prediction, warning="; ".join(warnings) or None)
+        return replace(recording, prediction=prediction)
 
     def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
         """Compute the features of mono samples [num_samples]: float32 in [-1, 1], or int16."""
         if not len(samples):
-            return RecordingFeatures(path=name, status="unreadable", reason="there are no samples")
-        result = partial(RecordingFeatures, path=name, duration=len(samples) / sample_rate)
+            reason = "there are no samples"
+            return RecordingFeatures(Prediction(path=name, status="unreadable", reason=reason))
+        result = partial(Prediction, path=name, duration=len(samples) / sample_rate)
         loudness = measure_loudness(samples, sample_rate, self.extract.config.trim_db)
         warning = None
         if loudness.above_noise_db < CLEAR_DB:
@@ -105,15 +99,16 @@ class RecordingReader:
             )
         try:
             features = self._features(samples, sample_rate, loudness)
-            return result(features=(features,), warning=warning)
+            return RecordingFeatures(result(warning=warning), features=(features,))
         except ClipError as error:
             if error.status != "too_long":
-                return result(status=error.status, reason=error.reason)
+                return RecordingFeatures(result(status=error.status, reason=error.reason))
         pairs = list(self._windows(samples, sample_rate, loudness))
         if not pairs:
-            return result(status="silent", reason="no window of the recording has enough sound")
+            reason = "no window of the recording has enough sound"
+            return RecordingFeatures(result(status="silent", reason=reason))
         windows, all_features = zip(*pairs, strict=True)
-        return result(windows=windows, features=all_features, warning=warning)
+        return RecordingFeatures(result(warning=warning), windows, all_features)
 
     def _features(
         self, samples: np.ndarray, sample_rate: int, loudness: Loudness | None = None

@@ -28,8 +28,7 @@ from pyarrow import csv, fs
 
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.grouping import in_groups
-from ser_ray.inference.prediction import table_schema
-from ser_ray.inference.recordings import UNREACHABLE
+from ser_ray.inference.prediction import UNREACHABLE, table_schema
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside

@@ -18,6 +18,7 @@ from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import decode
 from ser_ray.features.loudness import measure_loudness
+from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.prediction import prediction_row
 from ser_ray.inference.predictor import Predictor
@@ -101,7 +102,7 @@ def test_continuous_sound_loses_no_window_at_any_rate(rate, kind):
 def test_the_shortest_crop_gives_windows_with_enough_sound(predictor):
     reader = RecordingReader(FEATURES, "mel", crop_frames=1)
     recording = reader.read_samples(voice(4, 16_000), 16_000, "talk")
-    assert recording.status == "ok"
+    assert recording.prediction.status == "ok"
     lengths = [end - start for start, end in recording.windows]
     assert lengths == pytest.approx([2 * FEATURES.min_seconds] * 19), "one every 0.2 s up to 3.6 s"
 
@@ -184,6 +185,15 @@ def test_the_reason_for_a_path_that_is_no_utf8_is_its_name(predictor, tmp_path):
     assert predictor.predict(path).path == rf"{tmp_path}/\xff.wav"
     found = predictor.predict("a\0.wav")
     assert (found.status, found.reason) == ("unreadable", NULL_CHARACTER)
+
+
+def test_what_is_lost_of_a_file_is_said_even_if_the_rest_is_silent(predictor):
+    sound = Sound(np.zeros(RATE, np.float32), RATE, lost_seconds=0.5)
+    recording = predictor.reader.read("clip.wav", lambda file, max_seconds: sound)
+    found = predictor.predict_features([recording])[0]
+    assert found.status == "silent"
+    assert found.warning == sound.loss
+    assert str(found).endswith(f"; {sound.loss}")
 
 
 def test_a_long_recording_has_a_timeline_without_its_silence(checkpoint, predictor, tmp_path):
