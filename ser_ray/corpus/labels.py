@@ -98,7 +98,7 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
     """Read a label map from a CSV file, and check its names."""
     try:
         reader = csv.DictReader(io.StringIO(read_file(location).decode("utf-8-sig")))
-        rows = [(f"{location}, line {reader.line_num}", row) for row in reader]
+        rows = {f"{location}, line {reader.line_num}": row for row in reader}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(
             f"{location}: this label map cannot be read ({error}); --label-map accepts usual, "
@@ -107,17 +107,15 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
     if not {"label", "as"} <= set(reader.fieldnames or ()):
         raise ConfigError(f"{location}: a label map needs the columns corpus,label,as")
     entries = []
-    for where, row in rows:
+    for where, row in rows.items():
         if None in row:
             raise ConfigError(f"{where}: has more values than the first line")
-        corpus, label, new = (
-            unicodedata.normalize("NFC", (row.get(name) or "").strip())  # as in tables of clips
-            for name in ("corpus", "label", "as")
-        )
-        entries.append((corpus, label, new, where))
+        texts = ((row.get(name) or "").strip() for name in ("corpus", "label", "as"))
+        composed = (unicodedata.normalize("NFC", text) for text in texts)  # as in tables of clips
+        entries.append((where, *composed))
     maps: LabelMaps = {corpus: {} for corpus in labels}
     stated: dict[tuple[str, str], str] = {}
-    for corpus, label, new, where in sorted(entries, key=lambda entry: entry[0] != ""):
+    for where, corpus, label, new in sorted(entries, key=lambda entry: entry[1] != ""):
         if corpus and corpus not in labels:
             raise ConfigError(
                 f"{where}: there is no corpus {corpus!r}; the corpora are {', '.join(labels)}"

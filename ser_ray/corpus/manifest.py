@@ -150,19 +150,16 @@ def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
 def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
     """List a folder, and read the labels from RAVDESS's file names."""
     others: Counter[str] = Counter()
-    recordings = sorted(
-        _only_recordings(source, others, is_synthetic=is_synthetic),
-        key=lambda file: file.location,
-    )
+    recordings = list(_only_recordings(source, others, is_synthetic))
+    recordings.sort(key=lambda file: file.location)
     rows = list(map(_row_of, recordings))
     notes = [describe_left_out(others)] if others else []
     if not any("modality" in row for row in rows):
-        found = [
-            f"{len(rows)} recordings; the first is {row['path']} ({row['reason']})"
-            for row in rows[:1]
-        ] + notes
+        if rows:
+            first = f"{rows[0]['path']} ({rows[0]['reason']})"
+            notes.insert(0, f"{len(rows)} recordings; the first is {first}")
         raise CorpusError(
-            f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
+            f"{source}: has no RAVDESS clip (found: {'; '.join(notes) or 'no files'}). RAVDESS "
             f"files are named like {EXAMPLE_NAME}; other corpora need a table with the columns "
             "path,label,speaker"
             + (", given by its own path" if set(TABLE_SUFFIXES) & set(others) else "")
@@ -174,9 +171,7 @@ def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
     return Corpus(name, source, EMOTIONS, manifest, tuple(notes))
 
 
-def _only_recordings(
-    source: str, others: Counter[str], *, is_synthetic: bool
-) -> Iterator[ListedFile]:
+def _only_recordings(source: str, others: Counter[str], is_synthetic: bool) -> Iterator[ListedFile]:
     """Yield the recordings, and count the other files by suffix.
 
     Raises:

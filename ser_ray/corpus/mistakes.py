@@ -41,7 +41,8 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
     """Return lines about likely mistakes in the files, labels, speakers and splits.
 
     Args:
-        outcomes: one row per listed file or segment, with the columns of the manifest.
+        outcomes: one row per listed file or segment, with the columns of the manifest and `digest`,
+            a digest of the bytes of a local file.
     """
     clips = outcomes.filter(pc.equal(outcomes["status"], "ok"))
     conflicts = outcomes.filter(pc.equal(outcomes["status"], "conflict")).to_pylist()
@@ -49,7 +50,7 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
         [f"{row['path']} {row['reason']}" for row in conflicts],
         "files, with the status conflict in the outcomes",
     )
-    lines += _wrong_actor_folders(outcomes)
+    lines += _wrong_actor_folders(outcomes) + _contradicting_copies(clips)
     if pc.all(pc.is_valid(clips["channel"])).as_py():
         return lines  # RAVDESS: labels and speakers are codes
     labels = Counter(clips["emotion"].to_pylist())
@@ -83,6 +84,18 @@ def _wrong_actor_folders(outcomes: pa.Table) -> list[str]:
     shown = shorten(found, LINES_SHOWN)
     line = f"files in the folder of another actor: {shown}; the actor in the file name is used"
     return [line] if found else []
+
+
+def _contradicting_copies(clips: pa.Table) -> list[str]:
+    """Point out files with the same bytes and different labels."""
+    lines = []
+    first: dict[tuple[object, ...], tuple[str, str]] = {}
+    columns = (clips[name].to_pylist() for name in ("digest", "start", "end", "path", "emotion"))
+    for digest, start, end, path, label in zip(*columns, strict=True):
+        other, its_label = first.setdefault((digest, start, end), (path, label))
+        if digest is not None and label != its_label:
+            lines.append(f"{path} ({label!r}) is a copy of {other} ({its_label!r})")
+    return _first_lines(lines, "copies with another label")
 
 
 def _misspellings(counts: Mapping[str, int]) -> list[str]:

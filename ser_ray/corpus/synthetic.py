@@ -13,7 +13,6 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,29 +146,18 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
 
 
 def _write_speaker(root: Path, speaker: str, seed: int) -> None:
-    """Write the takes of one actor in all three modalities, in the layout of Zenodo's archives."""
+    """Write a take of each emotion by one actor in all modalities, as Zenodo's archives have them.
+
+    Intensity, statement and repetition change with the actor.
+    """
     audio = root / "Audio_Speech_Actors_01-24" / f"Actor_{speaker}"
     video = root / f"Video_Speech_Actor_{speaker}" / f"Actor_{speaker}"
     audio.mkdir(parents=True)
     video.mkdir(parents=True)
     voice = _draw_voice(speaker, seed)
-    for clip in _clips(speaker):
-        rng = np.random.default_rng([seed, int(speaker), EMOTIONS.index(clip.emotion)])
-        strength = voice.expressiveness * _STRENGTH[clip.intensity]
-        manner = Manner(*(strength * np.array(_MANNERS[clip.emotion]) + rng.normal(0, _SPREAD)))
-        samples = speak(_STATEMENTS[clip.statement], voice, manner, rng)
-        soundfile.write(audio / format_name(clip), samples, _SAMPLE_RATE, "PCM_16")
-        both = dataclasses.replace(clip, modality="av")
-        _write_mp4(video / format_name(both), samples, sound=True)
-        silent = dataclasses.replace(clip, modality="video")
-        _write_mp4(video / format_name(silent), samples, sound=False)
-
-
-def _clips(speaker: str) -> Iterator[ClipName]:
-    """Yield a take of each emotion; intensity, statement and repetition change with the actor."""
     for index, emotion in enumerate(EMOTIONS):
         turn = int(speaker) + index
-        yield ClipName(
+        clip = ClipName(
             modality="audio",
             channel="speech",
             emotion=emotion,
@@ -178,6 +166,15 @@ def _clips(speaker: str) -> Iterator[ClipName]:
             repetition=1 + turn // 4 % 2,
             speaker=speaker,
         )
+        rng = np.random.default_rng([seed, int(speaker), index])
+        strength = voice.expressiveness * _STRENGTH[clip.intensity]
+        manner = Manner(*(strength * np.array(_MANNERS[emotion]) + rng.normal(0, _SPREAD)))
+        samples = speak(_STATEMENTS[clip.statement], voice, manner, rng)
+        soundfile.write(audio / format_name(clip), samples, _SAMPLE_RATE, "PCM_16")
+        both = dataclasses.replace(clip, modality="av")
+        _write_mp4(video / format_name(both), samples, sound=True)
+        silent = dataclasses.replace(clip, modality="video")
+        _write_mp4(video / format_name(silent), samples, sound=False)
 
 
 def _draw_voice(speaker: str, seed: int) -> Voice:

@@ -38,7 +38,7 @@ def predict_conditions(
         CorpusError: the file of a clip cannot be read.
         SerRayError: the pass ended early.
     """
-    conditions = [name for group in dict.fromkeys(groups) for name in CONDITIONS[group]]
+    conditions = [name for name, (group, *_) in CONDITIONS.items() if group in groups]
     columns = (evaluation.predictions[name].to_pylist() for name in ("path", "start", "end"))
     clips = list(zip(*columns, strict=True))
     answers = pa.concat_tables(predict_under(clips, conditions, predictor)).to_pylist()
@@ -69,7 +69,7 @@ def score_under(evaluation: Evaluation, predicted: Mapping[str, np.ndarray]) -> 
         the UA minus that of the unchanged clips. `low` and `high` are the ends of the 95 % interval
         of this change, by paired bootstrap.
     """
-    definitions = {name: text for group in CONDITIONS.values() for name, (text, _) in group.items()}
+    definitions = {name: text for name, (_, text, _) in CONDITIONS.items()}
     return (
         _row("clean", "the clips as they are", evaluation, evaluation.predicted),
         *(_row(name, definitions[name], evaluation, labels) for name, labels in predicted.items()),

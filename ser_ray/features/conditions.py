@@ -46,7 +46,7 @@ def simulate(condition: str, sound: Sound, name: str) -> Sound:
     """Simulate a recording condition; only the samples of the clip change.
 
     Args:
-        condition: name of one of `CONDITIONS`.
+        condition: a key of `CONDITIONS`.
         sound: the decoded clip.
         name: the clip's file name, for a segment with its start. The random numbers depend on it.
     """
@@ -54,7 +54,8 @@ def simulate(condition: str, sound: Sound, name: str) -> Sound:
     samples = sound.samples.astype(np.float64)
     if sound.samples.dtype == np.int16:
         samples /= 2**15
-    changed = _EFFECTS[condition](samples, sound.sample_rate, np.random.default_rng(seed))
+    *_, effect = CONDITIONS[condition]
+    changed = effect(samples, sound.sample_rate, np.random.default_rng(seed))
     recorded = np.clip(np.rint(changed * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
     return sound._replace(samples=recorded)
 
@@ -158,41 +159,34 @@ def _level(
     return samples * 10 ** (decibels / 20)
 
 
-CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
-    "noise": {
-        "noise-60": ("white noise 60 dB below full scale", partial(_noise, "room", 60)),
-        "noise-50": ("white noise 50 dB below full scale", partial(_noise, "room", 50)),
-        "noise-40": ("white noise 40 dB below full scale", partial(_noise, "room", 40)),
-        "white-20": ("white noise 20 dB below the speech", partial(_noise, "white", 20)),
-        "pink-20": ("pink noise 20 dB below the speech", partial(_noise, "pink", 20)),
-    },
-    "phone": {
-        "phone": (
-            "telephone band of 300 to 3,400 Hz, sampled at 8 kHz, in 8-bit mu-law (ITU-T G.711)",
-            _phone,
-        )
-    },
-    "codec": {
-        "opus-16": (
-            "Opus for voice at 16 kbit/s",
-            partial(_through_codec, "libopus", "ogg", 48_000, 16_000),
-        ),
-        "mp3-16": (
-            "MP3 at 16 kHz and 16 kbit/s",
-            partial(_through_codec, "libmp3lame", "mp3", 16_000, 16_000),
-        ),
-    },
-    "room": {
-        "room": (
-            "the echo of a small room, as strong as the direct sound, with a reverberation time of "
-            "0.4 s",
-            _room,
-        )
-    },
-    "level": {
-        "level-plus-20": ("20 dB louder, clipped at full scale", partial(_level, 20.0)),
-        "level-minus-20": ("20 dB quieter", partial(_level, -20.0)),
-    },
+CONDITIONS: dict[str, tuple[str, str, Effect]] = {
+    "noise-60": ("noise", "white noise 60 dB below full scale", partial(_noise, "room", 60)),
+    "noise-50": ("noise", "white noise 50 dB below full scale", partial(_noise, "room", 50)),
+    "noise-40": ("noise", "white noise 40 dB below full scale", partial(_noise, "room", 40)),
+    "white-20": ("noise", "white noise 20 dB below the speech", partial(_noise, "white", 20)),
+    "pink-20": ("noise", "pink noise 20 dB below the speech", partial(_noise, "pink", 20)),
+    "phone": (
+        "phone",
+        "telephone band of 300 to 3,400 Hz, sampled at 8 kHz, in 8-bit mu-law (ITU-T G.711)",
+        _phone,
+    ),
+    "opus-16": (
+        "codec",
+        "Opus for voice at 16 kbit/s",
+        partial(_through_codec, "libopus", "ogg", 48_000, 16_000),
+    ),
+    "mp3-16": (
+        "codec",
+        "MP3 at 16 kHz and 16 kbit/s",
+        partial(_through_codec, "libmp3lame", "mp3", 16_000, 16_000),
+    ),
+    "room": (
+        "room",
+        "the echo of a small room, as strong as the direct sound, with a reverberation time of "
+        "0.4 s",
+        _room,
+    ),
+    "level-plus-20": ("level", "20 dB louder, clipped at full scale", partial(_level, 20.0)),
+    "level-minus-20": ("level", "20 dB quieter", partial(_level, -20.0)),
 }
-"""All conditions: {group: {name: (description, effect)}}."""
-_EFFECTS = {name: effect for group in CONDITIONS.values() for name, (_, effect) in group.items()}
+"""All conditions: {name: (group, description, effect)}."""

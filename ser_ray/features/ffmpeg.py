@@ -4,6 +4,7 @@ files except the wavs that soundfile can read to the end.
 Only audio is decoded, and only the formats and codecs listed here are allowed.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -105,8 +106,7 @@ def decode_with_ffmpeg(source: str | BinaryIO, max_seconds: float) -> Decoded:
         ClipError: `no_audio`, `too_long` or `unreadable`.
     """
     options = {"format_whitelist": FORMATS, "codec_whitelist": CODECS}
-    number, last = 0, 0
-    while True:
+    for number in itertools.count():
         try:
             with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
                 streams = _audio_streams(clip)
@@ -118,10 +118,10 @@ def decode_with_ffmpeg(source: str | BinaryIO, max_seconds: float) -> Decoded:
         except av.error.FFmpegError as error:
             raise UnsupportedError from error
         if number == last or sound.samples.any():
-            return sound
-        number += 1
+            break
         if not isinstance(source, str):
             source.seek(0)
+    return sound
 
 
 def _audio_streams(clip: av.container.InputContainer) -> list[av.AudioStream]:

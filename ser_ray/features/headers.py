@@ -23,15 +23,17 @@ CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"FORM": ">4sI", b"
 W64, the size includes the header."""
 SAMPLES = (b"data", b"SSND")
 """Names of the chunk with the samples of a wav and of an AIFF."""
-VOC = b"Creative Voice File"
 ALIGNMENT = {"<4sI": 2, ">4sI": 2, W64: 8}
 """The start of a chunk is a multiple of this number of bytes."""
 PRINTABLE = frozenset(range(32, 127))
 """Bytes that the name of a chunk may contain."""
 TAGS = (b"TAG", b"APET", b"ID3")
 """First bytes of the tags that some programs attach to the end of any file."""
+LARGEST_SIZE = 1 << 62
+"""Larger sizes are invalid, and read as this one, because `len` of a range is limited."""
 MAX_CHUNKS = 100
 """At most this many chunks are searched for samples. Real files have fewer than ten."""
+VOC = b"Creative Voice File"
 ASF, ASF_PROPERTIES = b"\x30\x26\xb2\x75", b"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11"
 EBML, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 """First bytes of ASF and Matroska files, and of the part of each that declares the file's size."""
@@ -172,7 +174,7 @@ def _find_chunks(file: BinaryIO, layout: str, end: int) -> Iterator[tuple[bytes,
         if not header:
             return
         if name == b"ds64":  # of RF64: the sizes of the file and of the samples
-            long_size = int.from_bytes(file.read(16)[8:], "little")
+            long_size = min(int.from_bytes(file.read(16)[8:], "little"), LARGEST_SIZE)
         if name in SAMPLES and len(content) >= UNKNOWN_LENGTH:
             content = range(content.start, max(content.start + long_size, end))
         yield header, name, content
@@ -188,7 +190,7 @@ def _chunk_at(file: BinaryIO, layout: str, place: int) -> tuple[bytes, bytes, ra
     if len(header := file.read(length)) < length:
         return b"", b"", range(place, place)
     name, size = struct.unpack(layout, header)
-    size = max(size - 24, 0) if layout == W64 else size
+    size = min(max(size - 24, 0), LARGEST_SIZE) if layout == W64 else size
     return header, name, range(place + length, place + length + size)
 
 
@@ -276,9 +278,9 @@ def is_part_missing(source: str | BinaryIO) -> bool:
                 _, stream, number, count = OGG_HEADER.unpack_from(head)
                 size = OGG_HEADER.size + count + sum(head[OGG_HEADER.size :][:count])
             else:  # a box of an mp4
-                stream, number = head[4:8], int.from_bytes(head[20:24])
+                stream, number = head[4:8] + head[12:16], int.from_bytes(head[20:24])
                 size = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4])
-            if head.startswith(b"OggS") or stream == b"moof":
+            if head.startswith(b"OggS") or stream == b"moofmfhd":
                 if number > last.get(stream, number) + 1:
                     return True
                 last[stream] = number

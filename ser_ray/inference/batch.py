@@ -145,7 +145,7 @@ def predict_under(
 
     Args:
         clips: files and segments of files.
-        conditions: keys inside the groups of `ser_ray.features.conditions.CONDITIONS`.
+        conditions: keys of `ser_ray.features.conditions.CONDITIONS`.
         predictor: the model.
 
     Yields:

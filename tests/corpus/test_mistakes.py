@@ -1,5 +1,8 @@
 """Likely mistakes in a corpus are pointed out, and correct corpora get no warnings."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
@@ -13,10 +16,15 @@ def outcomes(labels: dict[str, int], speakers: list[str] | None = None) -> pa.Ta
         {
             "path": f"/{number}.wav", "emotion": label, "channel": None, "status": "ok",
             "speaker": speakers[number % len(speakers)], "reason": None, "split": None,
+            "digest": f"{number}", "start": None, "end": None,
         }
         for number, label in enumerate(emotions)
     ]  # fmt: skip
     return pa.Table.from_pylist(rows)
+
+
+def replaced(table: pa.Table, **columns: list[Any]) -> pa.Table:
+    return pa.table({name: columns.get(name, table[name]) for name in table.column_names})
 
 
 @pytest.mark.parametrize(
@@ -30,14 +38,29 @@ def outcomes(labels: dict[str, int], speakers: list[str] | None = None) -> pa.Ta
     ],
 )
 def test_a_split_that_cannot_be_used_is_pointed_out(parts: list[str], mistake: str | None) -> None:
-    table = outcomes({"sad": 4, "angry": 4}).drop_columns("split")  # anna and ben in turn
-    column = pa.array(parts * (8 // len(parts)), pa.string())
-    lines = find_mistakes(table.append_column("split", column))
+    table = outcomes({"sad": 4, "angry": 4})  # anna and ben in turn
+    lines = find_mistakes(replaced(table, split=parts * (8 // len(parts))))
     if mistake is None:
         assert lines == []
     else:
         assert len(lines) == 1
         assert lines[0].startswith(f"--protocol table: {mistake}")
+
+
+@pytest.mark.parametrize(
+    ("digests", "starts", "lines"),
+    [
+        ("abac", [None] * 4, ["/2.wav ('angry') is a copy of /0.wav ('sad')"]),
+        ("aabb", [None] * 4, []),
+        ("aaaa", [1.0, 2.0, 3.0, 4.0], []),  # segments of a file
+        ([None] * 4, [None] * 4, []),  # in a bucket
+    ],
+)
+def test_copies_of_a_file_with_different_labels_are_pointed_out(
+    digests: Sequence[str | None], starts: list[float | None], lines: list[str]
+) -> None:
+    table = outcomes({"sad": 2, "angry": 2})
+    assert find_mistakes(replaced(table, digest=list(digests), start=starts)) == lines
 
 
 def test_labels_are_counted_and_speakers_too() -> None:
@@ -82,6 +105,7 @@ def test_intended_differences_are_not_reported(labels: dict[str, int], speakers:
 def test_a_file_in_the_folder_of_another_actor_is_pointed_out() -> None:
     paths = ["/r/Actor_05/a.wav", "/r/Actor_17/b.wav", "/r/actor 3/c.wav", "/r/Actor_05/x/d.wav"]
     speakers = ["17", "17", "04", "04"]
-    rows = {"path": paths, "speaker": speakers, "channel": ["speech"] * 4, "status": ["ok"] * 4}
-    (line,) = find_mistakes(pa.table(rows))
+    table = outcomes({"sad": 4})
+    columns = {"path": paths, "speaker": speakers, "channel": ["speech"] * 4}
+    (line,) = find_mistakes(replaced(table, **columns))
     assert "/r/Actor_05/a.wav (actor 17), /r/actor 3/c.wav (actor 04);" in line

@@ -361,3 +361,22 @@ def test_a_null_character_is_not_an_encoding(folder: Path) -> None:
     (folder / "t.csv").write_text(f"{PLAIN}clips/\0.wav,x,1\n")
     reasons = [reason for *_, reason in rows_of(folder / "t.csv")]
     assert sorted(map(str, reasons)) == ["None", "None", NULL_CHARACTER]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (("Training", "DEV"), ("train", "validation")),
+        (("Training", "fold 1"), ("train", "fold 1")),
+        (("3", "N/A"), ("3", None)),
+        (("test", "tset"), ("test", "tset")),  # --protocol table refuses this, with the reason
+    ],
+)
+def test_the_parts_of_a_split_have_several_names_and_other_values_are_folds(
+    folder: Path, given: tuple[str, str], read: tuple[str, str | None]
+) -> None:
+    header, *rows = PLAIN.splitlines()
+    lines = [f"{header},split", *(f"{row},{part}" for row, part in zip(rows, given, strict=True))]
+    (folder / "t.csv").write_text("\n".join(lines))
+    found = list_corpus(str(folder / "t.csv")).manifest.sort_by([("path", "descending")])
+    assert tuple(found["split"].to_pylist()) == read

@@ -600,6 +600,22 @@ def test_a_wav_whose_header_has_a_wrong_length_is_read_to_its_end(
     np.testing.assert_array_equal(found * scale, samples)
 
 
+@pytest.mark.parametrize("declared", [0, 24, 1_024, 2**32 - 1, 2**63, 2**64 - 1])
+def test_a_w64_whose_header_has_a_wrong_length_is_read_to_its_end(
+    tmp_path: Path, samples: np.ndarray, declared: int
+) -> None:
+    path = tmp_path / "a.w64"
+    soundfile.write(path, samples, 48_000, format="W64", subtype="PCM_16")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 16
+    data[place : place + 8] = declared.to_bytes(8, "little")
+    path.write_bytes(data)
+    found, _, lost = decode(str(path))
+    assert lost == 0
+    scale = 1 if found.dtype == np.int16 else 32768
+    np.testing.assert_array_equal(found * scale, samples)
+
+
 @pytest.mark.parametrize("size", [0, 8])
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT", "ULAW"])
 @pytest.mark.parametrize("form", ["AU", "AIFF"])

@@ -47,12 +47,13 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     paths = rows["path"].to_pylist()
     insides = rows[FOLDER].to_pylist() if FOLDER in rows.column_names else [""] * len(rows)
     keys = list(zip(insides, paths, strict=True))
+    distinct = dict.fromkeys(keys)
     starts = {}
     for inside in dict.fromkeys(insides):
-        own_paths = [path for name, path in keys if name == inside]
+        own_paths = [path for name, path in distinct if name == inside]
         own_folder = location_inside(folder, inside) if inside else folder
         starts[inside] = _start_of_paths(own_folder, own_paths)
-    files = {key: _find_file(folder, starts[key[0]], key[1]) for key in dict.fromkeys(keys)}
+    files = {key: _find_file(folder, starts[key[0]], key[1]) for key in distinct}
     found = [files[key] for key in keys]
     locations = [file.location for file in found]
     for row, location in enumerate(locations, start=1):

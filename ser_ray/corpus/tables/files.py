@@ -137,13 +137,9 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
         ) from error
     if any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in table.columns):
         _require_closed_quotes(text, separator)
-    return _without_blank_rows(table).rename_columns(names)
-
-
-def _without_blank_rows(table: pa.Table) -> pa.Table:
-    """Remove rows without any value. Spreadsheets write rows that only have separators."""
+    # Spreadsheets write rows that only have separators.
     is_blank = [pc.equal(pc.utf8_trim_whitespace(column), "") for column in table.columns]
-    return table.filter(pc.invert(reduce(pc.and_, is_blank)))
+    return table.filter(pc.invert(reduce(pc.and_, is_blank))).rename_columns(names)
 
 
 def _require_closed_quotes(text: str, separator: str) -> None:

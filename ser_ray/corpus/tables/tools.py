@@ -84,14 +84,11 @@ def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Tab
             f"{location}: has no file utt2emo, and its file text seems to hold transcripts, such "
             f"as {labels[0]!r}; name the file with the labels, as in --columns label=utt2mood"
         )
-    segments: dict[str, tuple[str, str | None, str | None]] = {
-        name: (name, None, None) for name in scp
-    }
+    segments: dict[str, list[Any]] = {name: [name, None, None] for name in scp}
     if "segments" in files:
-        parts = {name: text.split() for name, text in read("segments").items()}
-        if bad := next((name for name, part in parts.items() if len(part) != 3), None):
+        segments = {name: text.split() for name, text in read("segments").items()}
+        if bad := next((name for name, parts in segments.items() if len(parts) != 3), None):
             raise TableError(f"segments has no recording, start and end for {bad}")
-        segments = {name: (part[0], part[1], part[2]) for name, part in parts.items()}
     if bad := next(
         (recording for recording, *_ in segments.values() if not scp.get(recording)), ""
     ):
