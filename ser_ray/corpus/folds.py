@@ -54,8 +54,6 @@ _NAMED_FOLDS = {
 }
 RANDOM_FOLDS = 5
 """The number of folds of `random`, each of which tests one fifth of the takes."""
-NAMES_SHOWN = 8
-"""Largest number of names in a message."""
 
 
 def num_folds(protocol: str, clips: "pa.Table") -> int:
@@ -112,7 +110,7 @@ def list_folds(
         if others := sorted(set(strata) - set(itertools.chain(*folds))):
             raise ConfigError(
                 f"{protocol} is defined for RAVDESS's actors 01 to 24, and this corpus has "
-                f"{shorten(others, NAMES_SHOWN)}: use {fallback_protocol(len(strata))}"
+                f"{shorten(others)}: use {fallback_protocol(len(strata))}"
             )
         return list(folds)
     return _speaker_folds(protocol, strata)
@@ -136,7 +134,7 @@ def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
     values = set(clips["split"].to_pylist()) - {None}
     folds = values.difference(PARTS.values())
     if folds and values & {"validation", "test"}:
-        parts, others = (shorten(sorted(names), NAMES_SHOWN) for names in (values - folds, folds))
+        parts, others = (shorten(sorted(names)) for names in (values - folds, folds))
         raise ConfigError(
             f"--protocol table: the column split has parts ({parts}) and other values ({others}). "
             "Its values must be train, validation and test, or names of folds and train. Correct "

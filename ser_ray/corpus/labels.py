@@ -36,8 +36,6 @@ COMMON = "common"
 LabelMaps = dict[str, dict[str, str]]
 """{corpus: {label in the corpus: new label}}. Clips with other labels are left out."""
 
-_LABELS_SHOWN = 8
-"""Largest number of labels in a message."""
 _LABEL_OF = {name: label for label, names in USUAL_NAMES.items() for name in (label, *names)}
 
 
@@ -126,7 +124,7 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
             known = in_order(label for name in named for label in labels[name])
             raise ConfigError(
                 f"{where}: there is no label {label!r} in {' and '.join(named)}; the known labels "
-                f"are {shorten(known, _LABELS_SHOWN)}"
+                f"are {shorten(known)}"
             )
         if stated.setdefault((corpus, label), new) != new:
             raise ConfigError(

@@ -22,7 +22,6 @@ from ser_ray.corpus.folds import (
     ALL,
     CROSS_CORPUS,
     DEPENDENCE,
-    NAMES_SHOWN,
     RANDOM_FOLDS,
     fallback_protocol,
     list_folds,
@@ -194,19 +193,15 @@ def one_clip_per_take(clips: "pa.Table") -> IntArray:
     Returns:
         Row numbers, ascending, [num_takes] for RAVDESS.
     """
-    selected: dict[str, tuple[bool, str, int]] = {}
-    table_rows = []
+    selected: dict[str | int, tuple[bool, str, int]] = {}
     names = ("path", "take", "modality", "channel", "window")
     columns = [clips[name].to_pylist() for name in names]
     for row, (path, take, modality, channel, window) in enumerate(zip(*columns, strict=True)):
-        if window > 0:
-            continue
-        if channel is None:
-            table_rows.append(row)
-        else:
+        if window == 0:
+            key = row if channel is None else take
             candidate = (modality != "audio", path, row)
-            selected[take] = min(candidate, selected.get(take, candidate))
-    return np.array(sorted(table_rows + [row for _, _, row in selected.values()]), np.int64)
+            selected[key] = min(candidate, selected.get(key, candidate))
+    return np.array(sorted(row for *_, row in selected.values()), np.int64)
 
 
 def windows_of(numbers: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
@@ -312,6 +307,6 @@ def _require_clips(
             tests = f" and the fold tests {', '.join(test_speakers)}" if test_speakers else ""
             raise ConfigError(
                 f"{result.label}: its {part} part has no clips; the corpus has the speakers "
-                f"{shorten(all_speakers, NAMES_SHOWN)}{tests}. "
+                f"{shorten(all_speakers)}{tests}. "
                 f"Use {fallback_protocol(len(all_speakers))}, or add clips"
             )

@@ -45,7 +45,7 @@ def part_of_file(name: str) -> str | None:
     return PARTS[match[1].lower()] if match else None
 
 
-def shorten(names: Sequence[str], shown: int) -> str:
+def shorten(names: Sequence[str], shown: int = 8) -> str:
     """Join the first `shown` names, and append the number of the others."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

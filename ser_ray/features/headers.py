@@ -23,6 +23,8 @@ CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"FORM": ">4sI", b"
 W64, the size includes the header."""
 SAMPLES = (b"data", b"SSND")
 """Names of the chunk with the samples of a wav and of an AIFF."""
+SSND_HEADER = 8
+"""Number of bytes in the chunk of an AIFF before the samples."""
 ALIGNMENT = {"<4sI": 2, ">4sI": 2, W64: 8}
 """The start of a chunk is a multiple of this number of bytes."""
 PRINTABLE = frozenset(range(32, 127))
@@ -96,10 +98,10 @@ def repaired(file: BinaryIO) -> tuple[BinaryIO, float]:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    if num_before := _num_bytes_before(file.read(HEAD_BYTES), size):
-        file, size = _view(file, [range(num_before, size)]), size - num_before
-    file.seek(0)
     head, parts = file.read(HEAD_BYTES), list[Part]()
+    if num_before := _num_bytes_before(head, size):
+        file, size = _view(file, [range(num_before, size)]), size - num_before
+        head = file.read(HEAD_BYTES)
     layout = CHUNKS.get(head[:4])
     if layout and (head[8:12] in (b"WAVE", b"AIFF", b"AIFC") or layout == W64):
         parts, missing_share = _repair_chunks(file, layout, size)
@@ -131,8 +133,8 @@ def _repair_chunks(file: BinaryIO, layout: str, end: int) -> tuple[list[Part], f
     """Return the parts of a wav or AIFF, or none if it needs no repair; and its missing share.
 
     Libraries read only the first chunk with samples, and do not report missing bytes. If a recorder
-    was interrupted, the declared length is 0, or another one after which no chunk begins. Then all
-    bytes up to the end of the file are samples.
+    was interrupted, the declared length is 0, or in a wav another one after which no chunk begins.
+    Then all bytes up to the end of the file are samples.
     """
     before: list[Part] = [range(40 if layout == W64 else 12)]
     samples: list[range] = []
@@ -148,7 +150,8 @@ def _repair_chunks(file: BinaryIO, layout: str, end: int) -> tuple[list[Part], f
             padding = bytes(-len(content) % ALIGNMENT[layout])
             before += [range(content.start - len(header), content.stop), padding]
         elif not _is_plausible(name, content, end):
-            if previous in SAMPLES:
+            is_empty = previous == b"SSND" and len(samples[-1]) <= SSND_HEADER
+            if previous == b"data" or is_empty:
                 samples[-1], is_valid = range(samples[-1].start, end), False
             break
         previous = name
