@@ -34,10 +34,6 @@ OBJECTIVE = "best_val_ua"
 CHECKPOINT_SECONDS = 30.0
 """Shortest time between two checkpoints of a trial."""
 
-Finish = Callable[[Path, ShardSet, TrainConfig], None]
-"""Called when a trial finishes, with the folder of its selected checkpoint, the shards, and its
-recipe."""
-
 
 class TrainedTrial(NamedTuple):
     """A training of an earlier study."""
@@ -58,8 +54,9 @@ class TrialSetup:
     shards: ShardSet
     pretrained: Mapping[str, Pretrained]
     """Initial weights, for every value of `TrainConfig.weights` that a trial may have."""
-    finish: Finish | None = None
-    """None in a search, because its trials do not store their weights."""
+    finish: Callable[[Path, ShardSet, TrainConfig], None] | None = None
+    """Called when a trial finishes, with the folder of its selected checkpoint, the shards, and its
+    recipe. None in a search, because its trials do not store their weights."""
     trained: Sequence[TrainedTrial] = ()
     """Trainings of an earlier study. A trial with the same recipe is not trained again."""
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from ser_ray.search.open_study import open_study
 from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialRecord, best_of, read_records
-from ser_ray.search.tune_run import RetryFailed, points_arguments
+from ser_ray.search.tune_run import RetryFailed, points_arguments, run_trials
 from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.storage.paths import absolute, short_digest
@@ -130,7 +131,7 @@ def crossval(
         while points := remaining_points(plan, study.trials):
             num_before = len(study.trials)
             arguments = points_arguments(points, study.slots.max_concurrent, RetryFailed())
-            study.run_trials(arguments)
+            run_trials(study, arguments)
             require_none_failed(study.trials)
             all_ended = all(trial.ended for trial in study.trials)
             if len(study.trials) == num_before or not all_ended:
@@ -228,8 +229,8 @@ def final_recipe(result: CrossvalResult) -> TrainConfig:
     Such a model has no validation clips for its calibration. Therefore the recipe's temperature is
     the geometric mean of the folds' temperatures.
     """
-    logs = [np.log(fold.card.temperature) for fold in result.folds]
-    return replace(result.plan.recipe, temperature=float(np.exp(np.mean(logs))))
+    temperature = geometric_mean(fold.card.temperature for fold in result.folds)
+    return replace(result.plan.recipe, temperature=temperature)
 
 
 def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:

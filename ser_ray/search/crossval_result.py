@@ -218,12 +218,10 @@ def ensemble_scores(
     Returns:
         None if there is only one seed, or if the seeds scored different clips.
     """
-    names = np.asarray(clips)
-    rows_by_seed = [np.flatnonzero(seeds == seed) for seed in np.unique(seeds)]
-    rows_by_seed = [rows[np.argsort(names[rows], kind="stable")] for rows in rows_by_seed]
-    first, *others = rows_by_seed
-    same_clips = all(np.array_equal(names[rows], names[first]) for rows in others)
-    if not others or not same_clips:
+    names, clips_by_seed = np.asarray(clips), np.unique(seeds, return_counts=True)[1]
+    if len(clips_by_seed) == 1 or len(set(clips_by_seed)) > 1:
         return None
-    mean = np.mean([probabilities[rows] for rows in rows_by_seed], axis=0)
-    return scores_of(truth[first], mean)
+    rows = np.lexsort((names, seeds)).reshape(len(clips_by_seed), -1)  # [seeds, clips]
+    if (names[rows] != names[rows[0]]).any():
+        return None
+    return scores_of(truth[rows[0]], probabilities[rows].mean(axis=0))

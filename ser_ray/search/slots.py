@@ -68,6 +68,5 @@ def trials_per_node(node: dict[str, float], cpus: int, gpus: float) -> int:
     if not gpus:
         return by_cpus
     num_gpus = int(node.get("GPU", 0))
-    if gpus >= 1:
-        return min(by_cpus, int(num_gpus // gpus))
-    return min(by_cpus, num_gpus * math.floor(1 / gpus + 1e-9))
+    by_gpus = num_gpus // gpus if gpus >= 1 else num_gpus * math.floor(1 / gpus + 1e-9)
+    return min(by_cpus, int(by_gpus))

@@ -31,7 +31,6 @@ from ser_ray.search.actor import TrialSetup
 from ser_ray.search.slots import Slots
 from ser_ray.search.space import LR_RATIO, recipe_with
 from ser_ray.search.trial import TrialRecord, read_records, write_records
-from ser_ray.search.tune_run import TuneArguments, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.run_metadata import RunKind, data_line, dataset_of, scored_on
 from ser_ray.tracking.tracker import Tracker
@@ -124,21 +123,6 @@ class Study(tune.Callback):
         run_ids = {trial_id: tracker.run_id for trial_id, tracker in trackers.items()}
         records = sorted(self.records.values(), key=lambda trial: trial.number)
         return [replace(trial, run_id=run_ids.get(trial.trial_id, "")) for trial in records]
-
-    def run_trials(self, arguments: TuneArguments) -> None:
-        """Run further trials. If an earlier driver was interrupted, resume its trials instead.
-
-        Raises:
-            KeyboardInterrupt, ResourcesError: as `ser_ray.search.tune_run.run_trials`.
-        """
-        run_trials(
-            self.trial_setup,
-            self.slots.resources,
-            arguments,
-            tune_folder(self.folder, len(self.records)),
-            self,
-            self.run.max_failures,
-        )
 
     def deliver_all(self, expected: int) -> None:
         """Check that all trials have ended, and deliver the missing records to MLflow.

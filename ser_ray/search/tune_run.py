@@ -33,9 +33,10 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ser_ray.cluster.resources import format_resources
 from ser_ray.distributed.placement import PlacementWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
-from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
+from ser_ray.search.actor import OBJECTIVE, objectives, run_trial
 from ser_ray.search.config import TuneConfig
 from ser_ray.search.space import Dimension, hyperparameters_of, recipe_with
+from ser_ray.search.study import Study
 from ser_ray.training.recipe import TrainConfig
 
 SNAPSHOT_SECONDS = 2
@@ -213,23 +214,8 @@ def has_snapshot(folder: RunFolder) -> bool:
     return _find_newest_experiment_checkpoint(folder.path, folder.filesystem) is not None
 
 
-def run_trials(
-    setup: TrialSetup,
-    resources: dict[str, float],
-    arguments: TuneArguments,
-    folder: RunFolder,
-    study: tune.Callback,
-    max_failures: int,
-) -> None:
-    """Run the trials of a study, or the remaining ones of an interrupted study.
-
-    Args:
-        setup: recipe, data and weights of all trials.
-        resources: CPUs and GPUs of a trial.
-        arguments: which trials to run.
-        folder: the folder of Ray Tune's files (`tune_folder`).
-        study: the callback that Ray Tune calls whenever the state of a trial changes.
-        max_failures: how often a trial is retried if its process fails.
+def run_trials(study: Study, arguments: TuneArguments) -> None:
+    """Run further trials of a study. If an earlier driver was interrupted, resume its trials.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C. The same call resumes.
@@ -240,8 +226,9 @@ def run_trials(
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores `verbose`
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # `_interruptible` relies on this handler
+    resources, folder = study.slots.resources, tune_folder(study.folder, len(study.records))
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, setup=setup, resources=resources),
+        tune.with_parameters(run_trial, setup=study.trial_setup, resources=resources),
         tune.PlacementGroupFactory([resources]),
     )
     resume = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)
@@ -259,7 +246,7 @@ def run_trials(
             **arguments,
             callbacks=[study, RoomCallback(resources)],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-            max_failures=max_failures,
+            max_failures=study.run.max_failures,
             reuse_actors=True,
             trial_dirname_creator=attrgetter("trial_id"),
             raise_on_failed_trial=False,

@@ -28,7 +28,12 @@ from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
-from ser_ray.search.tune_run import fields_outside_space, num_trials, search_arguments
+from ser_ray.search.tune_run import (
+    fields_outside_space,
+    num_trials,
+    run_trials,
+    search_arguments,
+)
 from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
@@ -129,7 +134,7 @@ def search(
                     "no trial trains the recipe as given, because the space excludes its %s",
                     ", ".join(outside),
                 )
-            study.run_trials(search_arguments(recipe, config, study.slots.max_concurrent))
+            run_trials(study, search_arguments(recipe, config, study.slots.max_concurrent))
         study.deliver_all(num_trials(recipe, config))
         best = best_of(study.trials)
         result = TuneResult(
