@@ -21,7 +21,6 @@ import torch
 from ser_ray.corpus.folds import ALL
 from ser_ray.corpus.splits import one_clip_per_take
 from ser_ray.errors import CheckpointError, ConfigError, ResourcesError, ShardsError
-from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.card import have_prefixes
@@ -119,14 +118,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
             "or have different labels, but a paired test needs the same clips and labels; choose a "
             "--protocol and --fold with test speakers that neither model was trained on"
         )
-    return statistics.compare(
-        first.speakers,
-        first.clips,
-        first.truth,
-        first.predicted,
-        second.predicted,
-        len(first.card.labels),
-    )
+    return first.compare(first.predicted, second.predicted, len(first.card.labels))
 
 
 def origin_of(checkpoint: Path) -> Mapping[str, Any]:

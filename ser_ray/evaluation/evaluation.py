@@ -1,10 +1,10 @@
 """The result of an evaluation: the prediction of every clip, and the scores computed from them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation import statistics
-from ser_ray.evaluation.statistics import Calibration, Intervals
+from ser_ray.evaluation.statistics import Calibration, Comparison, Intervals
 from ser_ray.shards.card import UsedCorpus
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import label_indices
-from ser_ray.training.metrics import Scores, count_confusion, scores_of
+from ser_ray.training.metrics import Scores, scores_of
 
 Part = Literal["validation", "test"]
 Row = dict[str, Any]
@@ -151,6 +151,10 @@ class Evaluation:
             self.seeds,
         )
 
+    def compare(self, first: np.ndarray, second: np.ndarray, num_labels: int) -> Comparison:
+        """Compare two predictions for these clips, which are label indices [clips]."""
+        return statistics.compare(self.speakers, self.clips, self.truth, first, second, num_labels)
+
     @cached_property
     def calibration(self) -> Calibration:
         """How well the confidence agrees with the accuracy."""
@@ -169,8 +173,15 @@ class Evaluation:
         groups = {"corpus": self.corpus_rows} if self.corpus_rows else {}
         for name in GROUPS:
             if name in self.predictions.schema.names and not self.predictions[name].null_count:
-                values = [str(value) for value in self.predictions[name].to_pylist()]
-                groups[name] = group_rows(name, values, self.clips, self.truth, self.predicted)
+                groups[name] = [
+                    {
+                        name: value,
+                        "clips": part.num_clips,
+                        "wa": part.scores.wa,
+                        "ua": part.scores.ua,
+                    }
+                    for value, part in self._parts_by(name)
+                ]
         return groups
 
     @cached_property
@@ -178,14 +189,21 @@ class Evaluation:
         """A row for each corpus: clips, WA, UA and its 95 % interval; empty for one shard set."""
         if "corpus" not in self.predictions.column_names:
             return []
-        names, rows = self.predictions["corpus"], []
-        for name in sorted(names.unique().to_pylist()):
-            corpus = replace(self, predictions=self.predictions.filter(pc.equal(names, name)))
-            scores = {score: corpus.mean(score) for score in ("wa", "ua")}
-            low, high = corpus.intervals.ua
-            row = {"corpus": name, "clips": corpus.num_clips, **scores}
-            rows.append(row | {"ua_low": low, "ua_high": high})
+        rows = []
+        for name, part in self._parts_by("corpus"):
+            scores = {score: part.mean(score) for score in ("wa", "ua")}
+            low, high = part.intervals.ua
+            rows.append(
+                {"corpus": name, "clips": part.num_clips, **scores, "ua_low": low, "ua_high": high}
+            )
         return rows
+
+    def _parts_by(self, column: str) -> Iterator[tuple[str, Self]]:
+        """Yield each value of a column as text, and the evaluation of the clips that have it."""
+        values = self.predictions[column]
+        for value in sorted(values.unique().to_pylist(), key=str):
+            rows = self.predictions.filter(pc.equal(values, value))
+            yield str(value), replace(self, predictions=rows)
 
     @property
     def corpus_lines(self) -> list[str]:
@@ -308,32 +326,3 @@ def predictions_table(
     for index, name in enumerate(labels):
         table = table.append_column(f"p_{name}", pa.array(probabilities[:, index]))
     return table
-
-
-def group_rows(
-    kind: str,
-    groups: Sequence[str],
-    clips: Sequence[str],
-    truth: np.ndarray,
-    predicted: np.ndarray,
-) -> list[Row]:
-    """Make a row for each group of clips: its number of clips, its WA and its UA.
-
-    The rows are sorted by the name of the group. WA and UA are shares from 0 to 1.
-
-    Args:
-        kind: column by which the clips are grouped, such as speaker or sex.
-        groups: group in every row [rows].
-        clips: name of the clip in every row [rows]. A clip that several seeds scored counts once.
-        truth: index of the true label [rows].
-        predicted: index of the predicted label [rows].
-    """
-    num_labels = int(max(truth.max(), predicted.max())) + 1
-    rows, group_of, clip_of = [], np.asarray(groups), np.asarray(clips)
-    for group in sorted(set(groups)):
-        in_group = group_of == group
-        confusion = count_confusion(truth[in_group], predicted[in_group], num_labels)
-        scores = Scores(confusion)
-        num_clips = len(set(clip_of[in_group]))
-        rows.append({kind: group, "clips": num_clips, "wa": scores.wa, "ua": scores.ua})
-    return rows

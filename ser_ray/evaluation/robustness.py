@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from ser_ray.errors import CorpusError
-from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Row
 from ser_ray.features.conditions import CONDITIONS
 from ser_ray.inference.batch import predict_under
@@ -79,14 +78,7 @@ def score_under(evaluation: Evaluation, predicted: Mapping[str, np.ndarray]) -> 
 def _row(name: str, definition: str, evaluation: Evaluation, predicted: np.ndarray) -> Row:
     num_indices = len(evaluation.card.labels) + 1  # the last index is that of unscored clips
     scores = Scores(count_confusion(evaluation.truth, predicted, num_indices))
-    change = statistics.compare(
-        evaluation.speakers,
-        evaluation.clips,
-        evaluation.truth,
-        predicted,
-        evaluation.predicted,
-        num_indices,
-    )
+    change = evaluation.compare(predicted, evaluation.predicted, num_indices)
     low, high = change.ua_interval
     return {
         "condition": name,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 
 from ser_ray.command import flags_of
@@ -191,11 +192,9 @@ def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[
         labels: the labels, in the order of the counts.
     """
     scores = Scores(np.stack(confusions))
-    columns: dict[str, Sequence[Any]] = {"label": labels}
-    for name in ("precision", "recall", "f1"):
-        columns[name] = getattr(scores, name).mean(axis=0).tolist()
-    columns["support"] = np.sum(confusions, axis=(0, 2)).tolist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    columns = {name: getattr(scores, name).mean(axis=0) for name in ("precision", "recall", "f1")}
+    support = np.sum(confusions, axis=(0, 2))
+    return pa.table({"label": labels, **columns, "support": support}).to_pylist()
 
 
 def headline(confusion: np.ndarray, labels: Sequence[str], noun: str = "clips") -> str:

@@ -227,7 +227,8 @@ class Study(tune.Callback):
                 values=trial.config,
                 recipe=recipe_with(self.trial_setup.recipe, trial.config),
             ).updated(trial.last_result)
-            if trial.status == trial.TERMINATED:
+            # At the end, Ray Tune also terminates trials that have only just been added.
+            if trial.status == trial.TERMINATED and (record.rows or record.problem):
                 record = replace(record, state=record.end_state)
             self._add(record)
         if new:

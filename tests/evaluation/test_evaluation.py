@@ -1,5 +1,7 @@
 """Tables and sentences made from predictions, against scikit-learn and by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,7 +12,7 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from ser_ray.evaluation.evaluation import Evaluation, group_rows, predictions_table
+from ser_ray.evaluation.evaluation import Evaluation, predictions_table
 from ser_ray.evaluation.sections import headline, label_rows
 from ser_ray.training.checkpoint import read_card
 
@@ -35,16 +37,31 @@ def test_table_of_labels_agrees_with_scikit_learn(rng: np.random.Generator) -> N
         np.testing.assert_allclose([float(item[key]) for item in rows], values, err_msg=key)
 
 
-def test_table_of_speakers_agrees_with_scikit_learn(rng: np.random.Generator) -> None:
+def test_table_of_speakers_agrees_with_scikit_learn(
+    rng: np.random.Generator, checkpoint: Path
+) -> None:
+    card = read_card(checkpoint)
     truth, predicted = rng.integers(0, 4, (2, 300))
     speakers = rng.choice(["03", "01", "22"], 300)
     truth[(speakers == "22") & (truth == 2)] = 1  # a speaker without one of the labels
-    clips = [str(number) for number in range(len(truth))]
-    rows = group_rows("speaker", list(speakers), clips, truth, predicted)
-    twice = group_rows(
-        "speaker", [*speakers] * 2, clips * 2, np.tile(truth, 2), np.tile(predicted, 2)
+    clips = pa.table(
+        {
+            "path": [f"{number}.wav" for number in range(300)],
+            "start": pa.nulls(300, pa.float64()),
+            "speaker": speakers,
+            "emotion": np.array(card.labels)[truth],
+        }
     )
-    assert twice == rows, "clips that two seeds scored"
+    table = predictions_table(clips, np.eye(len(card.labels))[predicted], card.labels)
+    once, twice = (
+        Evaluation(
+            card=card, part="test", protocol="all", corpus="table", is_own_test=True,
+            seen_speakers=(), predictions=pa.concat_tables([table] * seeds),
+        )
+        for seeds in (1, 2)
+    )  # fmt: skip
+    rows = once.groups["speaker"]
+    assert twice.groups["speaker"] == rows, "clips that two seeds scored"
     assert [item["speaker"] for item in rows] == ["01", "03", "22"]
     for item in rows:
         own = speakers == item["speaker"]

@@ -189,6 +189,16 @@ class TuneTrial:
         self.status = self.TERMINATED
 
 
+def test_ctrl_c_before_the_first_report_of_a_new_trial_leaves_it_waiting(server, tmp_path):
+    study, trial = open_study(server, tmp_path), TuneTrial("new", lr_max=1e-2, lr_ratio=25.0)
+    trial.status = trial.TERMINATED  # Ray Tune sets this at its end
+    study.on_experiment_end([trial])
+    with pytest.raises(KeyboardInterrupt), study:
+        raise KeyboardInterrupt
+    [record] = study.trials
+    assert (record.state, server.runs) == ("waiting", {})
+
+
 def run(study: Study, folder: Path) -> list[TuneTrial]:
     """Run a trial that is stopped, one that finishes after a lost process, and one that fails."""
     trials = [
