@@ -164,7 +164,6 @@ def shards_of(checkpoint: Path, default_locations: Sequence[str]) -> tuple[str, 
     """Find the shard sets that a model was trained on.
 
     Args:
-        checkpoint: directory of the model's checkpoint.
         default_locations: locations to try if the shards are not where the training read them.
 
     Raises:

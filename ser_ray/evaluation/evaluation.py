@@ -143,12 +143,7 @@ class Evaluation:
     def intervals(self) -> Intervals:
         """95 % intervals of the scores."""
         return statistics.bootstrap(
-            self.speakers,
-            self.clips,
-            self.truth,
-            self.predicted,
-            len(self.card.labels),
-            self.seeds,
+            self.speakers, self.clips, self.truth, self.predicted, len(self.card.labels), self.seeds
         )
 
     def compare(self, first: np.ndarray, second: np.ndarray, num_labels: int) -> Comparison:

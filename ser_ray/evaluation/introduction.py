@@ -17,7 +17,6 @@ def introduce(checkpoint: Path, name: str) -> tuple[str, list[tuple[str, str]]]:
     """Return a text about a model as Markdown, and the local path and true label of example clips.
 
     Args:
-        checkpoint: directory of the model's checkpoint.
         name: name that the user gave for the model. If the checkpoint is in a run folder, the name
             of the run is shown instead.
     """

@@ -94,7 +94,6 @@ def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
 
     Args:
         page: the page that `run_page` or `trial_page` made.
-        evaluation: evaluation of the test part.
     """
     section = render("part.html.jinja", part=part_values(evaluation, audio=audio))
     return with_contents(_TEST_PART.sub(lambda _: section, page))

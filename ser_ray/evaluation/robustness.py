@@ -26,7 +26,6 @@ def predict_conditions(
 
     Args:
         evaluation: the evaluation of the unchanged clips.
-        predictor: the model.
         groups: groups of `CONDITIONS`.
 
     Returns:

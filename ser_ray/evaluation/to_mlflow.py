@@ -43,9 +43,7 @@ def record_training(
     """Log the model, scores, page, plots and history of a training, and end its MLflow run.
 
     Args:
-        tracker: tracker of the run.
         checkpoint: directory of the selected checkpoint.
-        card: card of this checkpoint.
         validation: evaluation on the validation part; None if all speakers trained the model.
         progress: epochs and scores of the training (`ser_ray.training.checkpoint.Snapshot`).
         page: the run's page.

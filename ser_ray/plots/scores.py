@@ -49,7 +49,6 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
         confusion: counts [labels, labels], with a row for each true label and a column for each
             predicted label.
         labels: the labels, in the order of the rows.
-        title: title of the figure.
     """
     support = confusion.sum(axis=1)
     shares = confusion / np.maximum(support, 1)[:, None]
@@ -84,7 +83,6 @@ def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figur
 
     Args:
         rows: a mapping for each speaker with the keys speaker, clips and wa.
-        title: title of the figure.
     """
     axes = new_axes(0.3 * len(rows) + 1.2, xlabel="clips recognised (WA)")
     positions, wa = range(len(rows)), np.array([row["wa"] for row in rows])

@@ -39,7 +39,6 @@ def curves_figure(
         history: rows with the keys epoch, train/loss, train/wa and, if the training has validation
             clips, val/loss, val/wa and val/ua.
         selected: the row of the selected epoch.
-        title: title of the figure.
     """
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
     losses, accuracies = figure.subplots(2, 1, sharex=True)
@@ -95,7 +94,6 @@ def range_figure(result: Mapping[str, Any], title: str = "") -> Figure:
 
     Args:
         result: the fields of `ser_ray.training.lr_range.LrRange`.
-        title: title of the figure.
     """
     axes = new_axes(3.4, xlabel="learning rate", ylabel="training loss", xscale="log")
     rates = result["learning_rates"]

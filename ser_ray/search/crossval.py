@@ -171,15 +171,16 @@ def trained_for_other_part(plan: CrossvalPlan, storage: str) -> list[TrainedTria
     part: Part = "validation" if plan.config.part == "test" else "test"
     name = crossval_name(replace(plan, config=replace(plan.config, part=part)))
     folder = RunFolder(absolute(storage), name)
-    finished = [trial for trial in read_records(folder, plan.recipe) if trial.state == "finished"]
     trained = [
         TrainedTrial(
             trial.recipe,
             trial.report | {OBJECTIVE: objectives(trial.rows, trial.recipe)[-1]},
             fold_folder(folder.location, trial.recipe),
         )
-        for trial in finished
-        if trial.values in plan.points and has_checkpoint(folder.location, trial.recipe)
+        for trial in read_records(folder, plan.recipe)
+        if trial.state == "finished"
+        and trial.values in plan.points
+        and has_checkpoint(folder.location, trial.recipe)
     ]
     if trained:
         count = f"{len(trained)} of {len(plan.points)}"

@@ -164,11 +164,11 @@ class CrossvalResult(StudyResult):
 def pool(
     plan: CrossvalPlan, trials: Sequence[TrialRecord], location: str, name: str, tracker: Tracker
 ) -> CrossvalResult:
-    """Concatenate the predictions of all folds, write them as one table, and score them.
+    """Concatenate the predictions of the planned folds, write them as one table, and score them.
 
     Args:
-        plan: the trainings to pool.
-        trials: the trials of the study. Trials that are not in the plan are left out.
+        plan: the trainings to pool. Other trials are left out.
+        trials: the trials of the study.
         location: folder of the cross-validation.
         name: name of the cross-validation.
         tracker: tracker of the cross-validation's MLflow run.

@@ -44,10 +44,8 @@ def score_and_store_fold(
 
     Args:
         checkpoint: folder of the selected checkpoint.
-        shards: the shards of the training.
         recipe: the recipe of the fold.
         folder: folder of the cross-validation.
-        part: the part to score.
     """
     table = evaluate(checkpoint, shards.locations, part=part).predictions
     for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):

@@ -65,8 +65,6 @@ def _add_trials(
     """Add trials to a study, with the validation UA of each epoch as intermediate values.
 
     Args:
-        study: the study.
-        trials: all trials of the search.
         dimensions: the space of the search. Trials with values outside this space are left out.
         states: Optuna's name for each state. Trials in other states are left out.
     """

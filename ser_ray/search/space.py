@@ -85,29 +85,11 @@ def parse_dimension(line: str) -> Dimension:
     Raises:
         ConfigError: the name or the distribution is unknown, or the field cannot have the values.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*\((.*)\)\s*", line)
-    if match is None:
-        raise ConfigError(
-            f"space {line!r}: it must be name=distribution(...) with {_DISTRIBUTIONS}"
-        )
-    name, distribution, inside = match.groups()
-    known = searchable_fields()
-    if name in _NOT_SEARCHABLE:
-        raise ConfigError(f"space {line!r}: {name} cannot be searched: {_NOT_SEARCHABLE[name]}")
-    if name not in known:
-        raise ConfigError(f"space {line!r}: no field {name}; known are {', '.join(sorted(known))}")
-    values = tuple(_parse_value(text.strip(), known[name], line) for text in inside.split(","))
-    match distribution:
-        case "choice":
-            pass
-        case "loguniform" | "uniform" | "integer":
-            _check_range(distribution, values, known[name], line)
-        case _:
-            raise ConfigError(
-                f"space {line!r}: no distribution {distribution}; known are {_DISTRIBUTIONS}"
-            )
-    dimension = Dimension(name, distribution, values)
-    _check_values(dimension, line)
+    try:
+        dimension = _parse(line)
+        _check_values(dimension)
+    except ConfigError as error:
+        raise ConfigError(f"space {line!r}: {error}") from None
     return dimension
 
 
@@ -121,10 +103,8 @@ def recipe_with(base: TrainConfig, values: dict[str, Any]) -> TrainConfig:
     if LR_RATIO in changes:
         changes["lr_min"] = changes.get("lr_max", base.lr_max) / changes.pop(LR_RATIO)
     nested = {item.name for item in dataclasses.fields(AugmentConfig)} & set(changes)
-    if nested:
-        augment_changes = {name: changes.pop(name) for name in nested}
-        changes["augment"] = dataclasses.replace(base.augment, **augment_changes)
-    return dataclasses.replace(base, **changes)
+    augment = dataclasses.replace(base.augment, **{name: changes.pop(name) for name in nested})
+    return dataclasses.replace(base, **changes, augment=augment)
 
 
 def hyperparameters_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
@@ -134,7 +114,28 @@ def hyperparameters_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -
     return {dimension.name: flat[dimension.name] for dimension in dimensions}
 
 
-def _parse_value(text: str, field_type: Any, line: str) -> Any:
+def _parse(line: str) -> Dimension:
+    match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*\((.*)\)\s*", line)
+    if match is None:
+        raise ConfigError(f"it must be name=distribution(...) with {_DISTRIBUTIONS}")
+    name, distribution, inside = match.groups()
+    known = searchable_fields()
+    if name in _NOT_SEARCHABLE:
+        raise ConfigError(f"{name} cannot be searched: {_NOT_SEARCHABLE[name]}")
+    if name not in known:
+        raise ConfigError(f"no field {name}; known are {', '.join(sorted(known))}")
+    values = tuple(_parse_value(text.strip(), known[name]) for text in inside.split(","))
+    match distribution:
+        case "choice":
+            pass
+        case "loguniform" | "uniform" | "integer":
+            _check_range(distribution, values, known[name])
+        case _:
+            raise ConfigError(f"no distribution {distribution}; known are {_DISTRIBUTIONS}")
+    return Dimension(name, distribution, values)
+
+
+def _parse_value(text: str, field_type: Any) -> Any:
     """Convert the text of one value to the type of its field."""
     choices = get_args(field_type)
     try:
@@ -149,37 +150,32 @@ def _parse_value(text: str, field_type: Any, line: str) -> Any:
             raise ValueError
     except (ValueError, KeyError):
         allowed = ", ".join(choices) if choices else f"of type {field_type.__name__}"
-        raise ConfigError(f"space {line!r}: {text!r} is not {allowed}") from None
+        raise ConfigError(f"{text!r} is not {allowed}") from None
     return text
 
 
-def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, line: str) -> None:
+def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any) -> None:
     if len(values) != 2:
-        raise ConfigError(f"space {line!r}: {distribution} needs a low and a high value")
+        raise ConfigError(f"{distribution} needs a low and a high value")
     if field_type not in (int, float) or (field_type is int) != (distribution == "integer"):
         usable = {int: "integer or choice", float: "loguniform, uniform or choice"}
         raise ConfigError(
-            f"space {line!r}: {distribution} does not fit a field of type "
-            f"{field_type.__name__}: use {usable.get(field_type, 'choice')}"
+            f"{distribution} does not fit a field of type {field_type.__name__}: use "
+            f"{usable.get(field_type, 'choice')}"
         )
     low, high = values
     if low >= high:
-        raise ConfigError(
-            f"space {line!r}: the low value {low:g} must be below the high value {high:g}"
-        )
+        raise ConfigError(f"the low value {low:g} must be below the high value {high:g}")
     if distribution == "loguniform" and low <= 0:
-        raise ConfigError(f"space {line!r}: the low value is {low:g}, but it must be above 0")
+        raise ConfigError(f"the low value is {low:g}, but it must be above 0")
 
 
-def _check_values(dimension: Dimension, line: str) -> None:
+def _check_values(dimension: Dimension) -> None:
     """Check that a recipe can have the values. Between two valid ends, all values are valid."""
     if dimension.name == LR_RATIO and min(dimension.values) <= 1:
-        raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
+        raise ConfigError("lr_max / lr_min must be above 1")
     for value in dimension.values:
         base = TrainConfig()
         if dimension.name == "lr_max" and value > 0:  # the value may be below the default lr_min
             base = dataclasses.replace(base, lr_min=value / 2, lr_max=value)
-        try:
-            recipe_with(base, {dimension.name: value})
-        except ConfigError as error:
-            raise ConfigError(f"space {line!r}: {error}") from None
+        recipe_with(base, {dimension.name: value})

@@ -168,7 +168,6 @@ def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
     """Read the records that `write_records` wrote; empty if there is no such file.
 
     Args:
-        folder: the study's folder.
         recipe: the recipe of the study, in which each trial replaces some fields.
     """
     try:

@@ -28,12 +28,7 @@ from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
-from ser_ray.search.tune_run import (
-    fields_outside_space,
-    num_trials,
-    run_trials,
-    search_arguments,
-)
+from ser_ray.search.tune_run import fields_outside_space, num_trials, run_trials, search_arguments
 from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet

@@ -22,12 +22,7 @@ from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.card import UsedCorpus, have_prefixes
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.run_metadata import MAX_TAG_LENGTH, SHARDS_TAG
-from ser_ray.tracking.store import (
-    as_tracking_error,
-    connect,
-    model_location,
-    resolve_uri,
-)
+from ser_ray.tracking.store import as_tracking_error, connect, model_location, resolve_uri
 from ser_ray.tracking.tracker import flatten, model_id_of
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
 from ser_ray.training.checkpoint_card import CheckpointCard
@@ -262,15 +257,14 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
     Raises:
         TrackingError: there is no such run, it has no recipe, or the store does not answer.
     """
-    uri = resolve_uri(tracking_uri)
-    connect(uri)
+    client = connect(resolve_uri(tracking_uri))
     import mlflow
 
     advice = (
         "; give the id of a run that ser-ray train, tune or crossval recorded, and name its store "
         "with --tracking-uri"
     )
-    with as_tracking_error(f"{run_id}: no run with a recipe in {uri}", advice):
+    with as_tracking_error(f"{run_id}: no run with a recipe in {client.tracking_uri}", advice):
         recipe: dict[str, Any] = mlflow.artifacts.load_dict(f"runs:/{run_id}/config.json")
     return recipe
 
@@ -296,13 +290,14 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     Raises:
         TrackingError: there is no such run, or none of these runs has a model.
     """
-    uri = resolve_uri(tracking_uri)
-    client = connect(uri)
+    client = connect(resolve_uri(tracking_uri))
     import mlflow
 
-    with as_tracking_error(
-        f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"
-    ):
+    problem, advice = (
+        f"{run_id}: no such run in {client.tracking_uri}",
+        "; name the store with --tracking-uri",
+    )
+    with as_tracking_error(problem, advice):
         run = client.get_run(run_id)
         nested = f"tags.mlflow.parentRunId = '{run_id}'"
         children = mlflow.search_runs([run.info.experiment_id], nested, output_format="list")
@@ -314,7 +309,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
             raise TrackingError(
                 f"{run_id}: neither this run nor one nested in it has a validation UA"
             )
-        for found in _runs_like(best, uri):
+        for found in _runs_like(best, client):
             if model_id_of(found):
                 return str(found.info.run_id)
     raise TrackingError(
@@ -332,30 +327,29 @@ def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
     Raises:
         TrackingError: there is no such run, it has no recipe, or the store does not answer.
     """
-    uri = resolve_uri(tracking_uri)
-    client = connect(uri)
-    with as_tracking_error(f"{run_id}: cannot be read from {uri}"):
+    client = connect(resolve_uri(tracking_uri))
+    with as_tracking_error(f"{run_id}: cannot be read from {client.tracking_uri}"):
         kind = "tags.kind = 'cross-validation'"
-        for found in _runs_like(client.get_run(run_id), uri, kind, FOLD_SETTINGS):
+        for found in _runs_like(client.get_run(run_id), client, kind, FOLD_SETTINGS):
             if "test/ua" in found.data.metrics and found.data.params["protocol"] != "random":
                 return found
     return None
 
 
 def _runs_like(
-    run: "Run", uri: str, condition: str = "", ignored: Set[str] = frozenset()
+    run: "Run", client: "MlflowClient", condition: str = "", ignored: Set[str] = frozenset()
 ) -> "Iterator[Run]":
     """Yield the runs that have the recipe and shards of a run, the newest first.
 
     Args:
         run: a run with a recorded recipe.
-        uri: the store.
+        client: of the store.
         condition: a further condition, in MLflow's filter syntax.
         ignored: settings of the recipe that may differ.
     """
     import mlflow
 
-    names = flatten(recipe_of_run(run.info.run_id, uri)).keys() - ignored
+    names = flatten(recipe_of_run(run.info.run_id, client.tracking_uri)).keys() - ignored
     recipe = {name: run.data.params[name] for name in names}
     same_shards = f"tags.`{SHARDS_TAG}` = '{run.data.tags[SHARDS_TAG]}'"
     conditions = f"{condition} and {same_shards}" if condition else same_shards
@@ -376,11 +370,10 @@ def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
     Raises:
         TrackingError: the store does not answer, or has no such run.
     """
-    uri = resolve_uri(tracking_uri)
-    client = connect(uri)
+    client = connect(resolve_uri(tracking_uri))
     import mlflow
 
-    with as_tracking_error(f"{run_id}: cannot be read from {uri}"):
+    with as_tracking_error(f"{run_id}: cannot be read from {client.tracking_uri}"):
         if TEST_SCORES not in {item.path for item in client.list_artifacts(run_id, "tables")}:
             return None
         scores: dict[str, Any] = mlflow.artifacts.load_dict(f"runs:/{run_id}/{TEST_SCORES}")
@@ -399,12 +392,11 @@ def register_model(
         TrackingError: the store refused the version, its description or its alias. Then no new
             version remains.
     """
-    uri = resolve_uri(tracking_uri)
-    client = connect(uri)
+    client = connect(resolve_uri(tracking_uri))
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    with as_tracking_error(f"{uri}: {name} was not registered"):
+    with as_tracking_error(f"{client.tracking_uri}: {name} was not registered"):
         with redirect_stderr(StringIO()):  # MLflow prints the version, and so does the caller
             made = mlflow.register_model(_model_uri(client, run_id), name, tags=dict(tags))
         try:

@@ -24,22 +24,9 @@ LOCAL_UI = "http://127.0.0.1:5000"
 VIEW_KEY = "ser-ray"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 """Tag of the experiment that holds the view."""
-COLUMNS = (
-    "metrics.`selected/ua`",
-    "metrics.`test/ua`",
-    "tags.`kind`",
-    "tags.`protocol`",
-    "params.`feature`",
-    "params.`lr_min`",
-    "params.`lr_max`",
-    "params.`fold`",
-    "params.`seed`",
-    "attributes.`Duration`",
-    "attributes.`Dataset`",
-    "attributes.`Models`",
-)
-"""The columns of the table, in order and by the names in MLflow's pages."""
-COLUMN_WIDTHS = {
+COLUMNS = {
+    "metrics.`selected/ua`": None,
+    "metrics.`test/ua`": None,
     "tags.`kind`": 140,
     "tags.`protocol`": 290,
     "params.`feature`": 140,
@@ -47,11 +34,16 @@ COLUMN_WIDTHS = {
     "params.`lr_max`": 190,
     "params.`fold`": 70,
     "params.`seed`": 70,
+    "attributes.`Duration`": None,
+    "attributes.`Dataset`": None,
+    "attributes.`Models`": None,
 }
-"""Widths in pixels, so that no value is cut: 2.12e-05 would otherwise look like 2.12."""
+"""The columns of the table, in order and by the names in MLflow's pages. Some have a width in
+pixels, so that no value is cut: 2.12e-05 would otherwise look like 2.12."""
+COLUMN_WIDTHS = {name: width for name, width in COLUMNS.items() if width}
 STATE = {
-    "selectedColumns": COLUMNS,
-    "columnOrder": COLUMNS,
+    "selectedColumns": list(COLUMNS),
+    "columnOrder": list(COLUMNS),
     "columnWidths": COLUMN_WIDTHS,
     "orderByKey": "metrics.`selected/ua`",
     "orderByAsc": False,
@@ -76,7 +68,6 @@ def run_links(uri: str, run_id: str) -> RunLinks:
 
     Args:
         uri: tracking store, as `resolve_uri` returns it.
-        run_id: id of the run.
     """
     is_server = uri.startswith("http")
     base_url = uri.rstrip("/") if is_server else LOCAL_UI
