@@ -33,8 +33,7 @@ def fold_folder(location: str, recipe: TrainConfig) -> str:
 def has_checkpoint(location: str, recipe: TrainConfig) -> bool:
     """Return whether the folder of a cross-validation has the weights of a training."""
     filesystem, path = filesystem_of(fold_folder(location, recipe))
-    is_file: bool = filesystem.get_file_info(f"{path}/{MODEL}").is_file
-    return is_file
+    return bool(filesystem.get_file_info(f"{path}/{MODEL}").is_file)
 
 
 def score_and_store_fold(
