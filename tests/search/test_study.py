@@ -485,7 +485,8 @@ def test_checkpoints_of_ended_trials_are_deleted_only_when_the_study_ends(server
         kept[trial.trial_id].mkdir(parents=True)
         trial.checkpoint = SimpleNamespace(path=str(kept[trial.trial_id]))
     kept["gone"].rmdir()
-    trials[1].status = "TERMINATED"  # it ended under an earlier driver
+    # It ended under an earlier driver, with a report as all ended trials have.
+    trials[1].status, trials[1].last_result = "TERMINATED", {"problem": "no good"}
     study.on_step_begin(0, trials)
     for trial in (trials[0], trials[2]):
         trial.complete(study)
