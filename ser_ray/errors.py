@@ -67,9 +67,9 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def last_line(error: Exception) -> str:
-    """Return the last line of an error's message; Ray's messages begin with a traceback."""
-    return str(error).strip().rpartition("\n")[2]
+def last_line(trace: str) -> str:
+    """Return the last line of a traceback, or of a message of Ray, which begins with one."""
+    return trace.strip().rpartition("\n")[2]
 
 
 def wrapped_error(error: Exception) -> SerRayError | None:

@@ -26,12 +26,13 @@ from pyarrow import fs
 from safetensors.numpy import load
 
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.errors import CheckpointError, MismatchError, SerRayError
+from ser_ray.errors import CheckpointError, MismatchError, SerRayError, last_line
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import write_file
+from ser_ray.storage.json_text import read_object
 from ser_ray.storage.lock import FolderLock
-from ser_ray.storage.paths import filesystem_of, location_inside
+from ser_ray.storage.paths import filesystem_of, location_inside, read_file
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
@@ -144,9 +145,7 @@ class RunFolder:
 
     def read(self, name: str) -> bytes:
         """Read a small file in the folder."""
-        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
-            content: bytes = stream.read()
-        return content
+        return read_file(location_inside(self.location, name))
 
     def write(self, name: str, text: str) -> None:
         """Write a small file in the folder, completely or not at all."""
@@ -159,7 +158,7 @@ class RunFolder:
             CheckpointError: the file is damaged.
         """
         try:
-            record: dict[str, Any] = json.loads(self.read(RECORD))
+            return read_object(self.read(RECORD))
         except FileNotFoundError:
             return {}
         except ValueError as error:
@@ -167,23 +166,27 @@ class RunFolder:
                 f"{location_inside(self.location, RECORD)} is not a run's record ({error}): delete "
                 "the folder, or give another --name, to start afresh"
             ) from error
-        return record
 
     def update_record(self, **values: Any) -> None:
         """Set entries of the record; other entries do not change."""
-        record = json.dumps(self.record() | values, indent=2)
         self.filesystem.create_dir(self.path, recursive=True)
-        self.write(RECORD, record)
+        self.write(RECORD, json.dumps(self.record() | values, indent=2))
 
     def require_same(self, identity: dict[str, Any]) -> None:
         """Check that the folder's run has these settings (`identity` in `start_run`).
 
         Raises:
-            MismatchError: the run has other settings; the message names the first difference.
+            MismatchError: another verb made the run, or the run has other settings; the message
+                names the first difference.
         """
         identity = json.loads(json.dumps(identity))
-        difference = first_difference(self.record().get("identity", identity), identity)
-        if difference:
+        theirs = self.record().get("identity", identity)
+        if theirs.keys() != identity.keys():
+            raise MismatchError(
+                f"{self.location}: the earlier run of this name was made by another verb; give "
+                "another --name"
+            )
+        if difference := first_difference(theirs, identity):
             raise MismatchError(
                 f"{self.location}: the earlier run of this name has other settings or shards "
                 f"({difference}); give another --name to start afresh, or use those of the earlier "
@@ -286,9 +289,7 @@ class RunFolder:
 
     def validation_probabilities(self, newest: StoredCheckpoint) -> np.ndarray:
         """Read the validation probabilities of the selected epoch [clips, labels]."""
-        tensors = load(self.read(f"{newest.selected}/{STATE}"))
-        probabilities: np.ndarray = tensors[VALIDATION_PROBABILITIES]
-        return probabilities
+        return load(self.read(f"{newest.selected}/{STATE}"))[VALIDATION_PROBABILITIES]
 
     @contextlib.contextmanager
     def local(self, checkpoint: StoredCheckpoint | None) -> Iterator[Path | None]:
@@ -309,14 +310,13 @@ class RunFolder:
         Args:
             trace: traceback of Python or Ray. Its last line becomes the reason in the message.
         """
-        lines = [line for line in trace.splitlines() if line.strip()]
         try:
             self.write(TRACE, trace)
             place = f"the trace is in {location_inside(self.location, TRACE)}"
         except OSError as error:  # the storage may have made the training fail
             place = f"no trace could be written: {error}"
         return SerRayError(
-            f"the training failed: {lines[-1] if lines else 'no reason given'} ({place}); the same "
+            f"the training failed: {last_line(trace) or 'no reason given'} ({place}); the same "
             "command tries again from the newest checkpoint, if there is one"
         )
 

@@ -86,4 +86,4 @@ def run_job(
                 lock.require_held()
                 add(dict(zip(statuses, counts, strict=True)))
     except ray.exceptions.RayError as error:
-        raise ShardsError(f"{shards}: the job failed ({last_line(error)}){AGAIN}") from error
+        raise ShardsError(f"{shards}: the job failed ({last_line(str(error))}){AGAIN}") from error

@@ -27,6 +27,7 @@ from pyarrow import fs
 
 from ser_ray.errors import LockLostError, SerRayError
 from ser_ray.storage.atomic import write_file
+from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of, location_inside
 
 LOCK_NAME = "lock.json"
@@ -203,7 +204,7 @@ class FolderLock:
         """Return the holder's claim: `{}` if it is incomplete, and None if there is no lock."""
         try:
             with self._filesystem.open_input_file(self._path) as file:
-                return json.loads(file.read())
+                return read_object(file.read())
         except FileNotFoundError:
             return None
         except ValueError:

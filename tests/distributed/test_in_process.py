@@ -310,7 +310,9 @@ def test_no_training_runs_in_the_folder_of_a_range_test(in_tmp, small_network, m
             run_lr_range(shards, CONFIG, run, test)
     result = run_lr_range(shards, CONFIG, run, test)
     page = Path(result.report).read_bytes()
-    with pytest.raises(MismatchError, match="runs/one: the earlier run of this name has other"):
+    with pytest.raises(
+        MismatchError, match="runs/one: the earlier run of this name was made by another verb"
+    ):
         train(shards, CONFIG, run, on_epoch=lambda row: None)
     assert Path(result.report).read_bytes() == page
     assert RunFolder("ser-ray-out/runs", "one").record()["run_id"] == result.run_id

@@ -115,9 +115,10 @@ def test_a_run_that_cannot_be_described_is_closed_and_resumed_by_the_next_call(
         assert client.get_run(run.info.run_id).info.status == "RUNNING"
 
 
-def test_an_incomplete_record_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"run_id": "f0', "[]"])
+def test_a_damaged_record_is_an_error_with_the_way_out(text: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / RECORD).write_text('{"run_id": "f0')
+    (tmp_path / "run" / RECORD).write_text(text)
     with pytest.raises(CheckpointError, match=r"is not a run's record .* delete the folder"):
         RunFolder(str(tmp_path), "run").record()
 

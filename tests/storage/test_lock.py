@@ -134,10 +134,11 @@ def test_a_lock_that_is_released_while_it_is_watched_is_acquired(
         assert read_claim(tmp_path)["token"] == held._claim["token"]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null"])
 def test_an_unreadable_lock_is_taken_over_once_it_is_old(
-    tmp_path: Path, watching: list[float]
+    text: str, tmp_path: Path, watching: list[float]
 ) -> None:
-    (tmp_path / LOCK_NAME).touch()  # a full disk left this
+    (tmp_path / LOCK_NAME).write_text(text)  # a full disk leaves an empty file
     with lock_of(tmp_path) as held:
         held.require_held()
     assert sum(watching) == module.STALE_SECONDS + module.SETTLE_SECONDS
