@@ -60,9 +60,14 @@ def place_of_training(address: str, workers: int) -> str:
 
 def place_of_ray(address: str) -> str:
     """Describe for messages where Ray runs in a `cluster(address)` block."""
+    address = _cluster_address(address)
+    return f"on the Ray cluster at {address}" if address else "on Ray, started on this machine"
+
+
+def _cluster_address(address: str) -> str:
+    """Return the address of the cluster to join; empty if Ray starts on this machine."""
     address = address or os.environ.get("RAY_ADDRESS", "")
-    is_local = address in ("", "local")
-    return "on Ray, started on this machine" if is_local else f"on the Ray cluster at {address}"
+    return "" if address == "local" else address
 
 
 @contextmanager
@@ -89,8 +94,7 @@ def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     source = "--address" if address else "RAY_ADDRESS"
-    address = address or os.environ.get("RAY_ADDRESS", "")
-    address = "" if address == "local" else address
+    address = _cluster_address(address)
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
     global _is_started_here
     with nullcontext() if address else session_folder() as folder:
@@ -131,20 +135,19 @@ def _init(address: str, source: str, folder: str | None, log_level: str) -> None
                 log_to_driver=False,
                 _temp_dir=folder,
             )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if not address:
             raise _start_error(error) from error
+        place = f"{address}, the value of {source}"
+        if not isinstance(error, OSError):
+            raise ResourcesError(
+                f"the Ray cluster at {place}, cannot be joined: {error}"
+            ) from error
         raise ResourcesError(
-            f"the Ray cluster at {address}, the value of {source}, cannot be joined: {error}"
-        ) from error
-    except OSError as error:
-        if not address:
-            raise _start_error(error) from error
-        raise ResourcesError(
-            f"no Ray cluster answers at {address}, the value of {source} ({error}). If the cluster "
-            "is not running, start it with `ray start --head`. If it requires a token, set "
-            "RAY_AUTH_MODE=token, and put the token into RAY_AUTH_TOKEN or ~/.ray/auth_token. To "
-            f"use only this machine, leave out {source}"
+            f"no Ray cluster answers at {place} ({error}). If the cluster is not running, start it "
+            "with `ray start --head`. If it requires a token, set RAY_AUTH_MODE=token, and put the "
+            "token into RAY_AUTH_TOKEN or ~/.ray/auth_token. To use only this machine, leave out "
+            f"{source}"
         ) from error
     except Exception as error:
         # Ray raises a plain Exception if it has not started after 30 s.

@@ -42,11 +42,9 @@ def session_folder() -> Iterator[str]:
     Raises:
         ResourcesError: none of RAY_TMPDIR, TMPDIR and /tmp can be used.
     """
-    roots = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")}
+    roots = {name: os.environ[name] for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)}
     problems = []
     for name, root in (roots | {"the default": "/tmp"}).items():
-        if not root:
-            continue
         try:
             folder = _folder_in(root)
             break
@@ -101,8 +99,8 @@ def keep_signal_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    all_handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    handlers = {number: own for number, own in all_handlers.items() if callable(own)}
+    numbers = signal.SIGTERM, signal.SIGHUP
+    handlers = {number: own for number in numbers if callable(own := signal.getsignal(number))}
     received: list[int] = []
     for number in handlers:
         signal.signal(number, lambda number, _: received.append(number))

@@ -91,9 +91,7 @@ def autoscaled_types() -> dict[str, dict[str, Any]]:
 
     if is_started_here() or not AUTOSCALER_CONFIG.exists():
         return {}
-    config = yaml.safe_load(AUTOSCALER_CONFIG.read_text())
-    types: dict[str, dict[str, Any]] = config["available_node_types"]
-    return types
+    return dict(yaml.safe_load(AUTOSCALER_CONFIG.read_text())["available_node_types"])
 
 
 def local_resources() -> dict[str, float]:

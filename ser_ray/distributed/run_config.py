@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import require_valid
+from ser_ray.features.config import require_range, require_valid
 
 Ingest = Literal["auto", "resident", "stream"]
 
@@ -51,10 +51,7 @@ class RunConfig:
             raise ConfigError(
                 f"workers is {self.workers}: it must be at least 1, and a range must not decrease"
             )
-        if self.max_failures < -1:
-            raise ConfigError(
-                f"max_failures is {self.max_failures}: it must be -1 (no limit) or more"
-            )
+        require_range(self, "max_failures", low=-1)
         if "/" in self.name or self.name.startswith("."):
             raise ConfigError(
                 f"name is {self.name!r}: it becomes the name of a folder, so it must not contain / "

@@ -22,16 +22,8 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.grouping import in_groups
+from ser_ray.shards import layout
 from ser_ray.shards.digest import sample_digest
-from ser_ray.shards.layout import (
-    DamagedFileError,
-    clips_name,
-    feature_column,
-    feature_name,
-    read_schema,
-    read_table,
-    write_table,
-)
 
 if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
@@ -53,10 +45,12 @@ def is_current(shards: str, number: int, features: FeatureConfig, encoder: Encod
         FileNotFoundError: there is no file for this encoder.
         DamagedFileError: the clips of the shard are damaged.
     """
-    key = _column_key(read_table(shards, clips_name(number), KEYED), features, encoder)
+    key = _column_key(
+        layout.read_table(shards, layout.clips_name(number), KEYED), features, encoder
+    )
     try:
-        schema = read_schema(shards, feature_name(encoder.name, number))
-    except DamagedFileError:
+        schema = layout.read_schema(shards, layout.feature_name(encoder.name, number))
+    except layout.DamagedFileError:
         return False
     return bool((schema.metadata or {}).get(KEY, b"").decode() == key)
 
@@ -83,7 +77,7 @@ def encode_shard(
         OSError: a recording cannot be read or has changed, the encoder returns values that are not
             finite, or the file cannot be written.
     """
-    clips = read_table(shards, clips_name(number), ["path", "start", "end", *KEYED])
+    clips = layout.read_table(shards, layout.clips_name(number), ["path", "start", "end", *KEYED])
     card = encoder.card
     values = np.empty((len(clips), card.num_layers, card.dim), np.float16)
     with ThreadPoolExecutor(threads) as pool:
@@ -97,8 +91,8 @@ def encode_shard(
                 )
             values[np.concatenate(rows)] = encoded.clip(-65504, 65504)  # the range of float16
     key = _column_key(clips, extractor.config, card)
-    table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
-    write_table(shards, feature_name(card.name, number), table)
+    table = pa.table({card.name: layout.feature_column(values)}).replace_schema_metadata({KEY: key})
+    layout.write_table(shards, layout.feature_name(card.name, number), table)
     return int(np.count_nonzero(clips["window"].to_numpy() == 0))
 
 

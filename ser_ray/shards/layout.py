@@ -18,7 +18,9 @@ stores them as nested lists with a definition level for every number.
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -84,23 +86,19 @@ def read_table(shards: str, name: str, columns: list[str] | None = None) -> pa.T
         DamagedFileError: the file is damaged.
         OSError: the file does not exist, or the storage failed.
     """
-    filesystem, path = filesystem_of(location_inside(shards, name))
-    with _naming_damage(shards, name):
-        return pq.read_table(path, columns=columns, filesystem=filesystem)
+    return _read(partial(pq.read_table, columns=columns), shards, name)
 
 
 def read_schema(shards: str, name: str) -> pa.Schema:
     """Read the schema of a Parquet file of the shard set. Arguments and errors as `read_table`."""
+    return _read(pq.read_schema, shards, name)
+
+
+def _read(read: Callable[..., Any], shards: str, name: str) -> Any:
+    """Call a function of pyarrow, and convert its errors for a damaged file to DamagedFileError."""
     filesystem, path = filesystem_of(location_inside(shards, name))
-    with _naming_damage(shards, name):
-        return pq.read_schema(path, filesystem=filesystem)
-
-
-@contextlib.contextmanager
-def _naming_damage(shards: str, name: str) -> Iterator[None]:
-    """Convert the errors of pyarrow for a damaged file to DamagedFileError."""
     try:
-        yield
+        return read(path, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and is_storage_failure(error, shards):
             raise
@@ -112,15 +110,13 @@ def write_table(shards: str, name: str, table: pa.Table) -> None:
 
     `name` is the path of the file inside the shard set.
     """
-    filesystem, path = filesystem_of(location_inside(shards, name))
-    with atomic_write(filesystem, path) as stream:
+    words = [item.name for item in table.schema if not pa.types.is_fixed_size_binary(item.type)]
+    with atomic_write(*filesystem_of(location_inside(shards, name))) as stream:
         pq.write_table(
             table,
             stream,
             compression=COMPRESSION,
-            use_dictionary=[
-                item.name for item in table.schema if not pa.types.is_fixed_size_binary(item.type)
-            ],
+            use_dictionary=words,
             write_statistics=False,
         )
 

@@ -127,14 +127,13 @@ def read_committed(shards: str) -> dict[int, CommittedShard]:
                 return None
             files = files.drop_columns(["status", "reason"])
             return CommittedShard(files, metadata[KEY].decode(), features)
-        except (FileNotFoundError, layout.DamagedFileError):
-            return None
         except (ValueError, KeyError, TypeError, ConfigError):  # other columns or metadata
             return None
-        except OSError:
-            if "://" in shards:
-                raise  # the error may be temporary
-            return None  # cannot be read
+        except OSError as error:
+            is_permanent = isinstance(error, FileNotFoundError | layout.DamagedFileError)
+            if "://" in shards and not is_permanent:
+                raise
+            return None
 
     names = "\n".join(layout.names_in(shards, layout.OUTCOMES) or ())
     numbers = sorted(map(int, re.findall(r"/shard-(\d+)\.parquet$", names, re.MULTILINE)))

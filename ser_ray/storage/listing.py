@@ -15,13 +15,8 @@ DEVICE = "a device or pipe, not a file"
 NO_FILE = "there is no such file"
 FOLDER = "a folder, not a file"
 _SYSTEM_FOLDERS = (
-    "__MACOSX",
-    "lost+found",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "@eaDir",
-    "#recycle",
-)
+    "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
