@@ -23,7 +23,7 @@ from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, first_line, wrapped_error
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.pages import range_page
-from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.rendering import notebook_cell, store_page
 from ser_ray.plots.training import range_figure
 from ser_ray.progress import show_progress
 from ser_ray.shards.config import ShardLocations
@@ -63,6 +63,9 @@ class LrRangeResult:
             f"proposed     --lr-min {lr_min:g} --lr-max {lr_max:g}\n"
             f"report       {self.report}"
         )
+
+    def _repr_html_(self) -> str:
+        return notebook_cell(repr(self), self.report)
 
 
 def run_lr_range(

@@ -30,6 +30,7 @@ from ser_ray.distributed.run_folder import (
     TrainingTask,
 )
 from ser_ray.errors import CheckpointError, TrackingError
+from ser_ray.evaluation.rendering import notebook_cell
 from ser_ray.shards.config import ShardLocations
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
@@ -85,6 +86,9 @@ class TrainResult:
             lines.append(text)
         lines += [f"checkpoint   {self.checkpoint}", f"report       {self.report}"]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return notebook_cell(repr(self), self.report)
 
 
 def train(

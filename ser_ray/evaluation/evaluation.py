@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation import statistics
+from ser_ray.evaluation.rendering import notebook_cell
 from ser_ray.evaluation.statistics import Calibration, Comparison, Intervals
 from ser_ray.shards.card import UsedCorpus
 from ser_ray.training.calibration import apply_temperature
@@ -288,6 +289,9 @@ class Evaluation:
         ]
         used = [f"corpus {corpus}" for corpus in self.corpora]
         return "\n".join([*lines, *self.corpus_lines, *used, *self.under_lines])
+
+    def _repr_html_(self) -> str:
+        return notebook_cell(repr(self), self.report)
 
     @property
     def under_lines(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Fills the templates of HTML pages and of the model card, and stores pages in run folders."""
 
 import base64
+import html
 import logging
 import re
 from functools import cache
@@ -14,6 +15,9 @@ from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import filesystem_of, read_file
 
 _PAGE_LINK = re.compile(r'<a href="[^"#:]+">(.*?)</a>', re.DOTALL)
+_CONTENTS_AND_CLIPS = re.compile(
+    r'<nav.*?</nav>|<h3 id="[^"]*-(?:examples|hardest)">.*?(?=</section>)', re.DOTALL
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,18 @@ def stored_page(location: str) -> str:
         return read_file(location).decode()
     except (OSError, LocationError):
         return ""
+
+
+def notebook_cell(text: str, report: str) -> str:
+    """Return what a notebook shows of a result: its text, and its page if there is one.
+
+    The page's clips are left out, because their pictures and sounds would make the notebook large.
+    """
+    cell = f'<pre style="font-family: monospace">{html.escape(text)}</pre>'
+    page = _CONTENTS_AND_CLIPS.sub("", as_artifact(stored_page(report))) if report else ""
+    if page:
+        cell += f'<iframe srcdoc="{html.escape(page)}" width="100%" height="600"></iframe>'
+    return cell
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
 from ser_ray.evaluation.evaluation import REPORT
+from ser_ray.evaluation.rendering import notebook_cell
 from ser_ray.search.space import recipe_with
 from ser_ray.storage.paths import location_inside
 from ser_ray.training.checkpoint import learning_rates_by_epoch
@@ -155,6 +156,9 @@ class StudyResult:
     def report(self) -> str:
         """Location of the study's page."""
         return location_inside(self.location, REPORT)
+
+    def _repr_html_(self) -> str:
+        return notebook_cell(repr(self), self.report)
 
 
 def write_records(folder: RunFolder, trials: Sequence[TrialRecord]) -> None:

@@ -2,11 +2,13 @@
 
 import base64
 import dataclasses
+import html
 import re
 import shutil
 from datetime import UTC, datetime
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -399,6 +401,22 @@ def test_an_artifact_has_no_links_to_other_pages(evaluation: Evaluation) -> None
         assert Page(as_artifact(text)).text == Page(text).text
 
 
+def test_a_notebook_draws_a_result_with_its_page_but_without_its_clips(
+    evaluation: Evaluation, text: str, tmp_path: Path
+) -> None:
+    assert "<iframe" not in evaluation._repr_html_()
+    (tmp_path / "report.html").write_text(text, encoding="utf-8")
+    cell = dataclasses.replace(evaluation, report=str(tmp_path / "report.html"))._repr_html_()
+    shown, frame = cell.split("<iframe ")
+    assert Page(shown).text == " ".join(repr(evaluation).split())
+    page = html.unescape(frame)
+    assert "confusion matrix" in page
+    assert "Recipe and versions" in page
+    for left_out in ("<audio", "waveform and spectrogram", "<nav", "Hardest clips"):
+        assert left_out in text
+        assert left_out not in page
+
+
 def test_the_page_of_other_clips_says_what_was_scored_and_what_trained_the_model(
     evaluation: Evaluation,
 ) -> None:
@@ -467,7 +485,8 @@ def test_a_page_without_history_or_clips_has_no_such_sections(evaluation: Evalua
 
 
 def test_the_page_of_a_trial_without_an_epoch_shows_only_its_recipe() -> None:
-    text = render_trial(history=(), learning_rates=(), confusion=())
+    text = render_trial(history=(), learning_rates=(), confusion=(), tags=TAGS | {"kind": "search"})
+    assert '<th scope="row">kind</th>' not in text
     assert "Trial 2 of search: finished." in Page(text).text
     assert "<svg" not in text
     assert 'class="value"' not in text
