@@ -55,10 +55,10 @@ def start_run(
     )
     with tracker:  # closes the run if one of these calls fails
         folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
-        again = tags["command"]
+        again = tags.get("command", "")
         if tags["kind"] == "training":
             again = command_like(tracker.run_id, shards.locations, run)
-        tracker.describe(Run=about, Data=data_line(shards), Again=f"`{again}`")
+        tracker.describe(Run=about, Data=data_line(shards), Again=f"`{again}`" if again else "")
         environment = provenance() | {"hardware.cluster": max_resources()}
         tracker.log_files({"environment.json": environment, **files})
     return tracker

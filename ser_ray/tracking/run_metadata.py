@@ -40,6 +40,9 @@ MAX_TAG_LENGTH = 5000
 """Largest length of a tag's value or a description that every store of MLflow accepts."""
 MLFLOW_TYPES = {"int8": "long", "int32": "long", "int64": "long", "double": "double"}
 """MLflow's names of the Arrow types of the clips' columns. Other columns are strings."""
+INTERACTIVE = ("", "-c", "ipykernel_launcher.py")
+"""Names of the program in a prompt, in `python -c` and in a notebook, where no command can be
+given again."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
 
@@ -78,8 +81,9 @@ def provenance() -> dict[str, str]:
         "hardware.machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": program.name,
-        "command": shlex.join([command, *sys.argv[1:]])[:MAX_TAG_LENGTH],
     }
+    if program.name not in INTERACTIVE:
+        facts["command"] = shlex.join([command, *sys.argv[1:]])[:MAX_TAG_LENGTH]
     if commit := git_commit():
         facts["mlflow.source.git.commit"] = commit
     return facts

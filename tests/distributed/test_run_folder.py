@@ -1,6 +1,7 @@
 """A run's folder without Ray: from which checkpoint it resumes, what it keeps, what it refuses."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ser_ray.errors import CheckpointError, LockLostError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.lock import FolderLock
+from ser_ray.tracking.run_metadata import NOTE, run_tags
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import (
     MODEL,
@@ -80,6 +82,19 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_the_way_out(tmp_path: Pat
     for folder in (RunFolder(str(tmp_path / "file"), "run"), RunFolder(str(tmp_path), "n" * 300)):
         with pytest.raises(CheckpointError, match=r"lock\.json: cannot be .*choose another folder"):
             folder.lock().__enter__()
+
+
+def test_a_run_of_a_notebook_names_no_command_to_give_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
+    shards = open_shards(write_shard_files(tmp_path / "a"))
+    run, folder = RunConfig(tracking_uri=new_store(tmp_path)), RunFolder(str(tmp_path), "run")
+    tags = run_tags("search", "loso fold 1", shards)
+    with start_run(folder, run, shards, tags, {}, "a search", {}) as tracker:
+        found = tracker.read().data.tags
+    assert "**Run**: a search" in found[NOTE]
+    assert "kernel.json" not in str(found)
 
 
 @pytest.mark.parametrize("place", [Tracker.describe, Tracker.log_files, RunFolder.update_record])
