@@ -6,6 +6,7 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ser_ray.progress import clock
 from ser_ray.search.trial import TrialRecord
@@ -70,21 +71,23 @@ class TrialTable:
         caption = f"{ended} of {self.total} trials done{self._time_left()}"
         if self.label:
             caption += f", {self.label}"
-        table = Table(caption=caption, box=None)
+        # Four searched names fit on 80 columns, and what is left is for the problems of trials.
+        table = Table(caption=caption, box=None, pad_edge=False, collapse_padding=True)
         names = list(dict.fromkeys(name for trial in self._trials for name in trial.values))
-        for name in ("trial", "state", *names, "epoch", "UA", ""):
-            table.add_column(name, justify="right")
+        for name in ("trial", "state", *names, "epoch", "val UA"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column()
         scored = [trial for trial in self._trials if trial.rows and not trial.problem]
-        mark = "best" if ended == self.total else "best so far"
         best = max(scored, key=lambda trial: trial.rank, default=None) if self.mark_best else None
         for trial in self._shown():
+            mark = "best" if trial is best else trial.problem
             table.add_row(
                 str(trial.number),
                 trial.state,
                 *(_text(trial.values.get(name, "")) for name in names),
                 f"{trial.epochs}/{trial.recipe.epochs}",
                 f"{trial.selected['val/ua']:.1%}" if trial.rows else "",
-                mark if trial is best else trial.problem[:30],
+                Text(mark, no_wrap=True, overflow="ellipsis"),
                 style=STYLE[trial.state],
             )
         return table
@@ -120,7 +123,7 @@ class TrialTable:
             return f"{head}  after {trial.epochs} epochs: {trial.problem}"
         if not trial.rows:
             return head
-        score = f"{head}  UA {trial.selected['val/ua']:.1%} {self.label}".rstrip()
+        score = f"{head}  validation UA {trial.selected['val/ua']:.1%} {self.label}".rstrip()
         return f"{score} after {trial.epochs} of {trial.recipe.epochs} epochs"
 
 

@@ -507,7 +507,7 @@ def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
     lines = output.getvalue().splitlines()
     assert len(lines) == 3
     assert "trial   1 pruned" in lines[0]
-    assert "UA 10.0% SPEAKER-DEPENDENT after 1 of 3 epochs" in lines[0]
+    assert "validation UA 10.0% SPEAKER-DEPENDENT after 1 of 3 epochs" in lines[0]
     assert "after 0 epochs: ValueError: no good" in lines[2]
 
 
@@ -522,7 +522,7 @@ def test_a_log_gets_a_line_about_running_trials_from_time_to_time(server, tmp_pa
         table([running])
     assert output.getvalue().splitlines() == [
         "trial   1 running   seed 0",
-        "trial   1 running   seed 0  UA 25.0% after 1 of 3 epochs",
+        "trial   1 running   seed 0  validation UA 25.0% after 1 of 3 epochs",
     ]
 
 
@@ -552,9 +552,23 @@ def test_a_table_has_a_column_for_each_searched_name_and_says_how_long_it_will_t
     table([replace(records[0], state="finished"), records[1]])  # a quarter of it in a minute
     found = table.table()
     assert [column.header for column in found.columns] == [
-        "trial", "state", "weight_decay", "epoch", "UA", "",
+        "trial", "state", "weight_decay", "epoch", "val UA", "",
     ]  # fmt: skip
     assert "about 3:00 left" in str(found.caption)
+
+
+def test_a_search_of_four_names_fits_on_a_terminal_of_80_columns():
+    row = {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
+    values = {"lr_max": 0.1, "lr_ratio": 20.0, "feature": "spectrogram", "weight_decay": 0.01}
+    output = io.StringIO()
+    table = TrialTable(Console(file=output, no_color=True, width=80), 2)
+    failed = TrialRecord("2", 2, values, RECIPE, state="failed", problem="ValueError: no good")
+    table([TrialRecord("1", 1, values, RECIPE, rows=[row], state="finished"), failed])
+    table.console.print(table.table())
+    shown = output.getvalue().splitlines()[-4:]
+    assert shown[0].split() == ["trial", "state", *values, "epoch", "val", "UA"]
+    assert shown[1].split()[-5:] == ["spectrogram", "1.00e-02", "1/3", "50.0%", "best"]
+    assert shown[2].split()[-3:] == ["1.00e-02", "0/3", "ValueErr…"]
 
 
 def test_a_table_that_is_too_long_for_the_screen_shows_the_best_trial():
