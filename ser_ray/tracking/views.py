@@ -25,6 +25,7 @@ VIEW_KEY = "ser-ray"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 """Tag of the experiment that holds the view."""
 COLUMNS = {
+    "attributes.`Run Name`": 330,
     "metrics.`selected/ua`": None,
     "metrics.`test/ua`": None,
     "tags.`kind`": 140,
@@ -39,7 +40,7 @@ COLUMNS = {
     "attributes.`Models`": None,
 }
 """The columns of the table, in order and by the names in MLflow's pages. Some have a width in
-pixels, so that no value is cut: 2.12e-05 would otherwise look like 2.12."""
+pixels, so that no value is cut: 2.12e-05 would otherwise look like 2.12, and two searches alike."""
 COLUMN_WIDTHS = {name: width for name, width in COLUMNS.items() if width}
 STATE = {
     "selectedColumns": list(COLUMNS),

@@ -62,6 +62,13 @@ def test_a_uri_that_no_store_can_have_is_named(uri: str, tmp_path: Path) -> None
         start(uri)
 
 
+def test_mlflow_prints_no_links_between_the_lines_of_a_training(
+    mlflow_server: MlflowServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(mlflow_server.uri).finish("FINISHED")
+    assert capsys.readouterr().out == ""
+
+
 def test_each_kind_of_file_is_stored_in_its_format(
     mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_the_pages_of_this_mlflow_know_every_name_of_the_view(tracker: Tracker, 
 
 def test_columns_of_the_view_are_as_wide_as_their_values() -> None:
     values = {
+        "attributes.`Run Name`": "crossval-wavlm_base_plus-emobox-6-bac2b596",
         "tags.`kind`": "cross-validation",
         "tags.`protocol`": "emobox-6 fold 0 (speaker-independent)",
         "params.`feature`": "wavlm_base_plus",
