@@ -78,7 +78,7 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
                 bar.update(task, description=text, completed=done, total=total)
             elif now - last >= LINE_SECONDS or done == total:
                 last = now
-                print(text, file=sys.stderr, flush=True)
+                stderr_console().print(text)  # a notebook shows it without the colour of errors
 
         yield report
 

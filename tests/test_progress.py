@@ -1,9 +1,11 @@
 """Progress is a bar on a terminal, and a few lines in a log."""
 
+import io
 import sys
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from ser_ray import progress
 from ser_ray.progress import show_progress
@@ -25,6 +27,16 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
         "step 21, 0.5 steps/s, 0:08 left",
         "step 25, 0.5 steps/s",
     ]
+
+
+def test_a_notebook_does_not_get_progress_in_the_colour_of_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cells = io.StringIO()
+    monkeypatch.setattr(progress, "stderr_console", lambda: Console(file=cells))
+    with show_progress("steps") as report:
+        report("step 1", 1, 1)
+    assert cells.getvalue() == "step 1\n"
 
 
 def test_a_terminal_gets_a_bar(

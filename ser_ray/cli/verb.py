@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any, ClassVar, Self
 
 from ser_ray.progress import stderr_console
@@ -75,5 +76,14 @@ class Verb:
 
 
 def say(name: str, text: str) -> None:
-    """Print a line on standard error: a name and a text."""
-    stderr_console().print(f"{name:12} {text}")
+    """Print a name and a text on standard error. A terminal breaks lines only between words."""
+    console, line = stderr_console(), f"{name:12} {text}"
+    if console.is_terminal:
+        line = fill(
+            line,
+            console.width,
+            subsequent_indent=" " * 13,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    console.print(line)

@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import os
@@ -11,14 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from ser_ray import api
+from ser_ray.cli import verb
 from ser_ray.cli.main import VERBS, main
 from ser_ray.cli.model import Evaluate, problem_of
 from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.cli.train import Train
-from ser_ray.cli.verb import VerbResult
+from ser_ray.cli.verb import VerbResult, say
 from ser_ray.shards.corpora import corpus_name
 from ser_ray.tracking import registry
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
@@ -47,6 +50,19 @@ FLAGS = {
     "export": "--format --output --tracking-uri --json --dry-run",
     "register": "--name --alias --tracking-uri --json --dry-run",
 }
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_breaks_a_printed_line_between_words(is_terminal, monkeypatch):
+    shown = Console(
+        file=io.StringIO(), force_terminal=is_terminal, width=40, soft_wrap=True, highlight=False
+    )
+    monkeypatch.setattr(verb, "stderr_console", lambda: shown)
+    path = "/shards/of/a/corpus/in-a-folder-with-a-long-name"
+    say("recipe", f"mel, learning rate 0.0001 to 0.002 {path}")
+    broken = f"recipe       mel, learning rate 0.0001\n{' ' * 13}to 0.002\n{' ' * 13}{path}\n"
+    whole = f"recipe       mel, learning rate 0.0001 to 0.002 {path}\n"
+    assert shown.file.getvalue() == (broken if is_terminal else whole)
 
 
 def test_standard_output_has_the_result_and_nothing_that_a_library_prints(capsys, monkeypatch):
