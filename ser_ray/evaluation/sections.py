@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.inference.prediction import shortest_names
 from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from ser_ray.plots.training import curves_figure, learning_rate_figure
@@ -72,7 +72,10 @@ def make_page(
         is_synthetic=corpus == "synthetic",
         facts={"Date": today, "Corpus": CORPORA[corpus], **facts},
         versions={
-            name: text for name, text in all_versions.items() if not name.startswith("mlflow.")
+            name: text
+            for name, text in all_versions.items()
+            if name != "kind"
+            and not name.startswith("mlflow.")  # `kind` of a study, not of a trial
         },
         **values,
     )
@@ -247,7 +250,9 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
     extract = FeatureExtractor(evaluation.card.features)
     rate = evaluation.card.features.sample_rate
     views = []
-    for clip in evaluation.predictions.take(rows).to_pylist():
+    clips = evaluation.predictions.take(rows).to_pylist()
+    names = shortest_names(clip["path"] for clip in clips)
+    for clip in clips:
         try:
             decoded = decode(clip["path"])
             (samples, sample_rate, _), _ = cut(decoded, clip["start"], clip["end"])
@@ -259,7 +264,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
             soundfile.write(sound, waveform, rate, format="MP3")
         views.append(
             {
-                "name": Path(clip["path"]).name,
+                "name": names[clip["path"]],
                 "truth": clip["emotion"],
                 "predicted": clip["predicted"],
                 "probability": clip[f"p_{clip['predicted']}"],

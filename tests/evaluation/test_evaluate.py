@@ -27,6 +27,7 @@ from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.data import Normalisation
 from ser_ray.training.parts import describe_split, select_rows
 from ser_ray.training.recipe import TrainConfig
+from tests.clips import voice, write_wav
 from tests.conftest import MemoryShards, make_memory_shards
 from tests.mlflow_store import new_store
 from tests.models import make_checkpoint
@@ -505,6 +506,18 @@ def test_a_models_own_shards_are_found_where_they_were_or_in_the_usual_places(sh
     (checkpoint / "run.json").write_text(json.dumps({"shards": ["gone"]}))
     with pytest.raises(ShardsError, match="not in gone or elsewhere: give their location"):
         shards_of(checkpoint, ("elsewhere",))
+
+
+def test_clips_with_equal_file_names_are_told_apart(shards, checkpoint, tmp_path):
+    paths = [str(tmp_path / name) for name in ("a/x.wav", "b/x.wav", "b/y.wav")]
+    for seed, path in enumerate(paths):
+        Path(path).parent.mkdir(exist_ok=True)
+        write_wav(Path(path), voice(1.0, 16_000, seed), 16_000)
+    table = evaluate(checkpoint, "here").predictions.slice(0, 3)
+    table = table.set_column(table.schema.get_field_index("path"), "path", pa.array(paths))
+    moved = dataclasses.replace(evaluate(checkpoint, "here"), predictions=table)
+    shown = read_clips(moved, [0, 1, 2], audio=False)
+    assert [clip["name"] for clip in shown] == [*paths[:2], "y.wav"]
 
 
 @pytest.mark.parametrize("place", ["/gone/a.wav", "s3://user:password@bucket/a.wav", "no://b/a"])
