@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,20 @@ def test_shards_are_named_by_a_path_or_several(memory_shards, tmp_path):
     folder = Path(write_shard_files(tmp_path / "own", memory_shards))
     clips = len(memory_shards.table)
     assert len(open_shards(folder).clips()) == len(open_shards([folder]).clips()) == clips
+
+
+def test_an_installation_has_every_file_of_the_package_and_its_types():
+    package = Path(ser_ray.__file__).parent
+    settings = tomllib.loads(package.with_name("pyproject.toml").read_text(encoding="utf-8"))
+    data = settings["tool"]["setuptools"]["package-data"]
+    installed = {
+        file
+        for name, patterns in data.items()
+        for pattern in patterns
+        for file in package.parent.joinpath(*name.split(".")).glob(pattern)
+    }
+    others = {
+        file for file in package.rglob("*") if file.is_file() and "__pycache__" not in str(file)
+    }
+    assert installed == {f for f in others if f.suffix != ".py" and f.name != "README.md"}
+    assert package / "py.typed" in installed
