@@ -2,8 +2,8 @@
 
 `python jobs/bench.py faults --seed N --minutes M` starts an MLflow server and a cluster on this
 machine: a head and two raylets of one CPU each. Every round runs one verb on the cluster and
-injects one fault at a random moment. If the driver ends with an error, the same command is run
-again. A round is survived if
+injects one fault (`faults_inject.py`) at a random moment. If the driver ends with an error, the
+same command is run again. A round is survived if
 
 - the result equals the result without a fault (shards and weights byte for byte);
 - every file has one outcome, and MLflow has one FINISHED run that has every epoch once;
@@ -17,81 +17,55 @@ work.
 With `--storage s3`, shards, runs and predictions are in a bucket of a local S3 server. By default,
 the faults are then that this server refuses all requests or answers them late. With `--storage
 small-disk`, they are on a disk in memory, which only root can mount, and the fault is a full disk.
-Faults of the network between nodes and of clocks are not injected.
+
+Faults of the network need root: each node then has a network namespace of its own. Faults of clocks
+need a C compiler: `faults_clock.c` changes the system clock of the driver, or of the raylets and
+their workers, while their monotonic clock and the times of files stay right. A fault that cannot be
+injected on this machine is not drawn.
 """
 
 import json
-import logging
-import os
 import random
 import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Thread
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import ray
-import requests
 import tyro
 from mlflow import MlflowClient
 from pyarrow import fs
-from ray.cluster_utils import Cluster
 
-from ser_ray.corpus.manifest import SYNTHETIC_MARKER
-from ser_ray.corpus.synthetic import make_synthetic_corpus
+from faults_cluster import (
+    EPOCHS,
+    MAX_SECONDS,
+    Clock,
+    Network,
+    TestBed,
+    end,
+    s3_server,
+    small_disk,
+    wait_until,
+    worker_processes,
+)
+from faults_inject import FAULTS, Run, Storage
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
 
-NODES = 2
-SPEAKERS = 6
-EPOCHS = 4
-PAUSE = 10.0
-"""Seconds that a fault lasts: a stopped process, a missing MLflow server, an S3 server that refuses
-or delays requests, or a full disk. A preempted node is lost this long after its notice."""
-DELAY = 1.0
-"""Seconds that the S3 server adds to each answer while it is slow."""
-DISK = "2g"
-"""Size of the small disk."""
-MAX_SECONDS = 600.0
-"""A driver that runs longer than this is killed, and counts as hanging."""
 RELEASE_SECONDS = 60.0
 """Time in which the cluster must release the resources of a driver."""
 MAX_COMMANDS = 4
 """Number of times that a command is run, at most, until it succeeds."""
-RECIPE = (
-    *("--protocol", "speaker-3", "--weights", "none", "--crop-frames", "32", "--no-audio"),
-    *("--batch-size", "4", "--validation-speakers", "1"),
-)
 GRACE = 5.0
 """Seconds in which a driver may still end without an error after a signal."""
-MODE = "s3-mode"
-"""Name of the file with the mode of the S3 server (`s3_server`)."""
-ENDING_SIGNALS = ("terminate driver", "hang up driver", "interrupt driver")
-DRIVER = ("kill driver", "stop driver", *ENDING_SIGNALS)
-FAULTS = (
-    *("kill worker", "stop worker", "kill raylet", "stop raylet", "preempt node"),
-    *("kill server", "stop server", *DRIVER, "two drivers"),
-)
-STORAGE_FAULTS = {"local": (), "s3": ("refusing s3", "slow s3"), "small-disk": ("full disk",)}
-"""Further faults of each kind of storage."""
-IDLE_TITLES = ("ray::IDLE", "ray::IDLE_SpillWorker", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Titles of Ray processes that do no work for a driver."""
-SIGNALS = {
-    "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "terminate": signal.SIGTERM,
-    "hang up": signal.SIGHUP, "interrupt": signal.SIGINT,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,11 +80,11 @@ class Bench:
     """File to which each round appends a line."""
     work: tuple[str, ...] = ("prepare", "train")
     """The verbs to draw from: prepare, train, predict, crossval, tune."""
-    storage: Literal["local", "s3", "small-disk"] = "local"
+    storage: Storage = "local"
     """Where the commands write: to a local folder, a local S3 server, or a small disk."""
     faults: tuple[str, ...] = ()
-    """The faults to draw from. The default depends on `storage`: those of the S3 server, those of
-    the small disk, or all others."""
+    """The faults to draw from, as in "kill driver". The default depends on `storage`: those of
+    the S3 server, those of the small disk, or all others."""
     rounds: int = 1000
     """Largest number of rounds."""
 
@@ -125,8 +99,8 @@ class Round:
     fault: str
     moment: float
     """Seconds from the start of the driver to the fault."""
-    thrown: bool = False
-    """Whether the fault was injected."""
+    injected: bool = False
+    """Whether the driver and the target of the fault were still running."""
     commands: int = 0
     """Number of times that the command was run."""
     statuses: list[int] = field(default_factory=list)
@@ -139,140 +113,45 @@ class Round:
     """Descriptions of the failed checks; empty if the round was survived."""
 
 
-class TestBed:
-    """The cluster, the MLflow server, the corpus, and the results without a fault."""
+@dataclass(frozen=True)
+class Reference:
+    """A command without a fault."""
 
-    def __init__(self, folder: Path, bucket: str) -> None:
-        self.folder, self.log = folder, (folder / "output.log").open("ab")
-        self.bucket = bucket
-        """Format string that makes a URI of a name in the bucket; empty if there is no bucket."""
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20},
-        )
-        self.nodes: list[Any] = []
-        self.replace_lost_nodes()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.server: psutil.Popen | None = None
-        self.start_server()
-        self.corpus = small_corpus(folder)
-        self.results: dict[str, Any] = {}
-        self.durations: dict[str, float] = {}
-
-    def replace_lost_nodes(self) -> None:
-        """Start nodes in place of lost ones."""
-        self.nodes = [node for node in self.nodes if raylet(node).is_running()]
-        while len(self.nodes) < NODES:
-            self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
-        self.cluster.wait_for_nodes()
-
-    def start_server(self) -> None:
-        """Start the MLflow server if it does not run, and wait until it answers."""
-        if self.server is None or not self.server.is_running():
-            self.server = psutil.Popen(
-                [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
-                 "--port", str(self.port),
-                 "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
-                 "--artifacts-destination", f"{self.folder}/artifacts"],
-                stdout=self.log, stderr=self.log,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            )  # fmt: skip
-        wait_until("the MLflow server answers", self._server_answers, MAX_SECONDS)
-
-    def _server_answers(self) -> bool:
-        with suppress(requests.RequestException):
-            url = f"{self.uri}/api/2.0/mlflow/experiments/search"
-            return requests.post(url, json={"max_results": 1}, timeout=30).ok
-        return False
-
-    def command(self, work: str, target: Path) -> list[str]:
-        """Return the command line of a verb that writes into a folder."""
-        model = self.location(self.folder / "without-fault" / "train" / "runs" / "run" / "selected")
-        run = ("--shards", self.location(self.folder / "shards"),
-               "--storage", self.location(target / "runs"), "--name", "run",
-               "--tracking-uri", self.uri, "--experiment", str(target.name), *RECIPE)  # fmt: skip
-        flags = {
-            "prepare": ("--corpus", str(self.corpus), "--shards", self.location(target / "shards")),
-            "train": (*run, "--epochs", str(EPOCHS)),
-            "crossval": (*run, "--epochs", "2"),
-            "tune": (*run, "--epochs", "2", "--trials", "2", "--searcher", "random"),
-            "predict": (str(self.corpus), "--model", model,
-                        "--output", self.location(target / "answers.parquet")),
-        }  # fmt: skip
-        address = ("--address", self.cluster.address, "--json")
-        return [sys.executable, "-m", "ser_ray", work, *flags[work], *address]
-
-    def location(self, path: Path) -> str:
-        """Return a path in the folder or, if there is a bucket, the URI for it in the bucket."""
-        name = str(path.relative_to(self.folder))
-        return self.bucket.format(name) if self.bucket else str(path)
-
-    def fetch(self, target: Path) -> None:
-        """Copy the files of a command from the bucket, if there is one, to their local folder."""
-        if self.bucket:
-            filesystem, path = filesystem_of(self.location(target))
-            fs.copy_files(path, str(target), source_filesystem=filesystem)
-
-    def start_driver(self, work: str, target: Path, number: int) -> tuple[psutil.Popen, Path]:
-        """Start the driver of a command. Return the driver, and the file with its messages."""
-        target.mkdir(parents=True, exist_ok=True)
-        output, errors = target / f"output-{number}", target / f"errors-{number}"
-        with output.open("wb") as out, errors.open("wb") as err:
-            driver = psutil.Popen(
-                self.command(work, target), stdout=out, stderr=err, start_new_session=True,
-                preexec_fn=default_signals,
-                env=os.environ | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"},
-            )  # fmt: skip
-        return driver, errors
-
-    def run_without_fault(self, work: str) -> None:
-        """Run a verb without a fault, once, and keep its result and duration."""
-        if work in self.results:
-            return
-        if work != "prepare":
-            self.run_without_fault("prepare")
-        if work == "predict":
-            self.run_without_fault("train")
-        target, began = self.folder / "without-fault" / work, time.monotonic()
-        driver, errors = self.start_driver(work, target, 0)
-        if status := driver.wait(MAX_SECONDS):
-            sys.exit(f"{work} fails without a fault, with status {status}:\n{errors.read_text()}")
-        self.durations[work] = time.monotonic() - began
-        self.fetch(target)
-        self.results[work] = result(work, target)
-        if work == "prepare":
-            filesystem, path = filesystem_of(self.location(self.folder / "shards"))
-            fs.copy_files(str(target / "shards"), path, destination_filesystem=filesystem)
-        print(f"{work} without a fault: {self.durations[work]:.0f} s", flush=True)
-
-    def close(self) -> None:
-        """Stop the MLflow server and the cluster."""
-        if self.server is not None:
-            end(self.server)
-        ray.shutdown()
-        self.cluster.shutdown()
-        self.log.close()
+    result: Any
+    seconds: float
 
 
-def default_signals() -> None:
-    """Restore the default signal handlers, which a shell replaces in background programs."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def storage_of(bench: Bench, folder: Path, host: str) -> AbstractContextManager[str]:
+    """Return a context that provides the storage. It yields `TestBed.bucket`."""
+    match bench.storage:
+        case "s3":
+            return s3_server(folder, host)
+        case "small-disk":
+            return small_disk(folder)
+        case "local":
+            return nullcontext("")
 
 
-def small_corpus(folder: Path) -> Path:
-    """Make a synthetic corpus of the first speakers, with one wav file for each take."""
-    make_synthetic_corpus(folder / "complete")
-    target = folder / "corpus"
-    target.mkdir()
-    for path in sorted((folder / "complete").rglob("03-*.wav")):
-        if int(path.stem[-2:]) <= SPEAKERS:
-            shutil.copy(path, target)
-    shutil.copy(folder / "complete" / SYNTHETIC_MARKER, target)
-    return target
+def run_without_fault(bed: TestBed, work: str, references: dict[str, Reference]) -> Reference:
+    """Run a verb, and those that it needs, without a fault. Return what was run before again."""
+    if work in references:
+        return references[work]
+    if work != "prepare":
+        run_without_fault(bed, "prepare", references)
+    if work == "predict":
+        run_without_fault(bed, "train", references)
+    target, began = bed.folder / "without-fault" / work, time.monotonic()
+    driver, errors = bed.start_driver(work, target, 0)
+    if status := driver.wait(MAX_SECONDS):
+        sys.exit(f"{work} fails without a fault, with status {status}:\n{errors.read_text()}")
+    seconds = time.monotonic() - began
+    bed.fetch(target)
+    references[work] = Reference(result(work, target), seconds)
+    if work == "prepare":
+        filesystem, path = filesystem_of(bed.location(bed.folder / "shards"))
+        fs.copy_files(str(target / "shards"), path, destination_filesystem=filesystem)
+    print(f"{work} without a fault: {seconds:.0f} s", flush=True)
+    return references[work]
 
 
 def result(work: str, target: Path) -> Any:
@@ -301,216 +180,9 @@ def keep_scores(value: Any) -> Any:
     return value if isinstance(value, float) else None
 
 
-def raylet(node: Any) -> psutil.Process:
-    """Return the process of a node's raylet."""
-    return psutil.Process(node.all_processes["raylet"][0].process.pid)
-
-
-def worker_processes(bed: TestBed) -> list[psutil.Process]:
-    """Return the processes on the nodes that do work for a driver."""
-    found = []
-    for node in bed.nodes:
-        with suppress(psutil.NoSuchProcess):
-            for process in raylet(node).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    title = "".join(process.cmdline()[:1])  # empty for a process that has ended
-                    if title.startswith("ray::") and title not in IDLE_TITLES:
-                        found.append(process)
-    return sorted(found, key=lambda process: process.pid)
-
-
-def end(process: psutil.Process) -> None:
-    """Kill a process and all its descendants."""
-    with suppress(psutil.NoSuchProcess):
-        for member in (process, *process.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait(30)
-
-
-def wait_until(what: str, holds: Callable[[], Any], seconds: float) -> None:
-    """Wait until a condition holds.
-
-    Raises:
-        TimeoutError: the condition does not hold within this time.
-    """
-    ends = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > ends:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
-        time.sleep(0.05)
-
-
-@contextmanager
-def stopped(processes: list[psutil.Process]) -> Iterator[None]:
-    """Suspend processes while the block runs."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
-
-
-def inject(bed: TestBed, current: Round, driver: psutil.Popen, rng: random.Random) -> bool:
-    """Inject the fault of the round. Return False if its target had already ended."""
-    how, _, whom = current.fault.rpartition(" ")
-    if current.fault in AROUND:
-        AROUND[current.fault](bed, rng)
-        return True
-    target: psutil.Process | None = driver
-    if whom == "worker":
-        target = choose_worker(bed, driver, rng)
-    elif whom == "raylet":
-        target = raylet(rng.choice(bed.nodes))
-    if target is None or driver.poll() is not None:
-        return False
-    with suppress(psutil.NoSuchProcess):
-        if how == "stop":
-            with stopped([target]):
-                time.sleep(PAUSE)
-        else:
-            target.send_signal(SIGNALS[how])
-        return True
-    return False
-
-
-def choose_worker(bed: TestBed, driver: psutil.Popen, rng: random.Random) -> psutil.Process | None:
-    """Choose a worker as soon as there is one; return None if the driver ends before."""
-    while driver.poll() is None:
-        if found := worker_processes(bed):
-            return rng.choice(found)
-        time.sleep(0.02)
-    return None
-
-
-def kill_raylet(bed: TestBed, rng: random.Random) -> None:
-    """Kill a node."""
-    node = rng.choice(bed.nodes)
-    bed.nodes.remove(node)
-    bed.cluster.remove_node(node, allow_graceful=False)
-
-
-def preempt_node(bed: TestBed, rng: random.Random) -> None:
-    """Announce that a node will be preempted, and kill the node after PAUSE seconds."""
-    node = rng.choice(bed.nodes)
-    bed.nodes.remove(node)
-    subprocess.run(
-        ["ray", "drain-node", "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-         "--reason-message", "spot", "--deadline-remaining-seconds", str(round(PAUSE)),
-         "--address", bed.cluster.address],
-        check=True, stdout=bed.log, stderr=bed.log,
-    )  # fmt: skip
-    time.sleep(PAUSE)
-    bed.cluster.remove_node(node, allow_graceful=False)
-
-
-def kill_server(bed: TestBed, rng: random.Random) -> None:
-    """Kill the MLflow server, and start it again after a pause."""
-    assert bed.server is not None
-    end(bed.server)
-    time.sleep(PAUSE)
-    bed.start_server()
-
-
-def stop_server(bed: TestBed, rng: random.Random) -> None:
-    """Suspend the MLflow server for PAUSE seconds."""
-    assert bed.server is not None
-    with stopped([bed.server, *bed.server.children(recursive=True)]):
-        time.sleep(PAUSE)
-
-
-def set_s3_mode(bed: TestBed, mode: str) -> None:
-    """Make the S3 server refuse or delay all requests for PAUSE seconds."""
-    (bed.folder / MODE).write_text(mode)
-    time.sleep(PAUSE)
-    (bed.folder / MODE).write_text("")
-
-
-def fill_disk(bed: TestBed, rng: random.Random) -> None:
-    """Write a file until the disk is full, and delete it after a pause."""
-    filler, ends = bed.folder / "filler", time.monotonic() + PAUSE
-    with filler.open("wb", buffering=0) as file:
-        while time.monotonic() < ends:  # other processes may delete files meanwhile
-            with suppress(OSError):
-                while True:
-                    file.write(bytes(1 << 20))
-            time.sleep(0.1)
-    filler.unlink()
-
-
-AROUND: dict[str, Callable[[TestBed, random.Random], None]] = {
-    "kill raylet": kill_raylet,
-    "preempt node": preempt_node,
-    "kill server": kill_server,
-    "stop server": stop_server,
-    "refusing s3": lambda bed, rng: set_s3_mode(bed, "refusing"),
-    "slow s3": lambda bed, rng: set_s3_mode(bed, "slow"),
-    "full disk": fill_disk,
-}
-"""Faults that are more than one signal to one process."""
-
-
-@contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """Run an S3 server with one bucket, and yield the format string of its URIs.
-
-    The file MODE in the folder tells the server how to answer: `refusing`, `slow`, or, if it is
-    empty, as usual.
-    """
-    from moto.server import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import make_server
-
-    app, mode = DomainDispatcherApplication(create_backend_app), folder / MODE
-    mode.write_text("")
-
-    def answer(environment: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        if mode.read_text() == "refusing":
-            start_response("503 Slow Down", [("Content-Length", "0")])
-            return [b""]
-        time.sleep(DELAY if mode.read_text() == "slow" else 0)
-        return app(environment, start_response)
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    server = make_server("127.0.0.1", 0, answer, threaded=True)
-    Thread(target=server.serve_forever, daemon=True).start()
-    query = f"endpoint_override=127.0.0.1:{server.port}&scheme=http&region=us-east-1"
-    uri = f"s3://faults/{{}}?{query}"
-    filesystem, _ = fs.FileSystem.from_uri(f"s3://?{query}&allow_bucket_creation=true")
-    filesystem.create_dir("faults")
-    try:
-        yield uri
-    finally:
-        server.shutdown()
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[str]:
-    """Mount a small disk over the folder."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "faults", str(folder)]
-    subprocess.run(mount, check=True)
-    try:
-        yield ""
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def storage_of(bench: Bench, folder: Path) -> AbstractContextManager[str]:
-    """Return a context that provides the storage. It yields `TestBed.bucket`."""
-    match bench.storage:
-        case "s3":
-            return s3_server(folder)
-        case "small-disk":
-            return small_disk(folder)
-        case "local":
-            return nullcontext("")
-
-
-def run_round(bed: TestBed, current: Round, rng: random.Random) -> None:
+def run_round(
+    bed: TestBed, current: Round, rng: random.Random, references: dict[str, Reference]
+) -> None:
     """Run one round, and record its failed checks."""
     target, began = bed.folder / f"round-{current.seed}-{current.number}", time.monotonic()
     current.commands = 1
@@ -523,14 +195,14 @@ def run_round(bed: TestBed, current: Round, rng: random.Random) -> None:
         status = wait_for_driver(current, driver)
     if status:
         current.problems.append(f"status {status}: {errors.read_text()[-500:]}")
-    current.seconds = time.monotonic() - began - bed.durations[current.work]
+    current.seconds = time.monotonic() - began - references[current.work].seconds
     if current.work == "train":
         lines = "".join(path.read_text() for path in target.glob("errors-?")).splitlines()
         shown = sum(line.strip().startswith("epoch ") for line in lines)
         current.redone = max(0, shown - EPOCHS)
     if not status:
         bed.fetch(target)
-        check(bed, current, target)
+        check(bed, current, target, references[current.work].result)
     if not current.problems:
         shutil.rmtree(target)
 
@@ -540,22 +212,24 @@ def run_with_fault(
 ) -> tuple[int, Path]:
     """Run the command and inject the fault. Return the exit status and the file of its messages."""
     driver, errors = bed.start_driver(current.work, target, 1)
+    run = Run(bed, current.work, target, rng, driver)
     with suppress(psutil.TimeoutExpired):
         driver.wait(current.moment)
-    other = None
-    if driver.poll() is None and current.fault == "two drivers":
-        other, current.thrown = bed.start_driver(current.work, target, 100), True
-    elif driver.poll() is None:
-        current.thrown = inject(bed, current, driver, rng)
+    fault = FAULTS[current.fault]
+    if driver.poll() is None:
+        try:
+            current.injected = fault.inject(run)
+        except TimeoutError as error:
+            current.problems.append(str(error))
     injected_at = time.monotonic()
     status = wait_for_driver(current, driver)
     seconds_after = time.monotonic() - injected_at
-    if current.thrown and current.fault in ENDING_SIGNALS and not status and seconds_after > GRACE:
+    if current.injected and fault.is_ending and not status and seconds_after > GRACE:
         current.problems.append(
             f"the driver ran on for {seconds_after:.0f} s: {errors.read_text()[-500:]}"
         )
-    if other is not None and wait_for_driver(current, other[0]) not in (0, 2):
-        current.problems.append(f"the second driver: {other[1].read_text()[-500:]}")
+    if run.second is not None and wait_for_driver(current, run.second[0]) not in (0, 2):
+        current.problems.append(f"the second driver: {run.second[1].read_text()[-500:]}")
     return status, errors
 
 
@@ -570,9 +244,9 @@ def wait_for_driver(current: Round, driver: psutil.Popen) -> int:
         return 1
 
 
-def check(bed: TestBed, current: Round, target: Path) -> None:
-    """Record everything that differs from a command without a fault."""
-    if result(current.work, target) != bed.results[current.work]:
+def check(bed: TestBed, current: Round, target: Path, expected: Any) -> None:
+    """Record everything that differs from a command without a fault, whose result is `expected`."""
+    if result(current.work, target) != expected:
         current.problems.append("the result differs from the result without a fault")
     if current.work == "prepare":
         outcomes = open_shards(str(target / "shards")).outcomes()["path"].to_pylist()
@@ -637,31 +311,49 @@ def held_resources(bed: TestBed) -> str:
 
 def table(log: Path) -> str:
     """Return a table of all logged rounds, with one line per fault."""
-    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
-        if entry["thrown"]:
-            rows[entry["fault"]].append(entry)
+    rounds = [Round(**json.loads(line)) for line in log.read_text().splitlines()]
+    rows: dict[str, list[Round]] = defaultdict(list)
+    for entry in rounds:
+        if entry.injected:
+            rows[entry.fault].append(entry)
     lines = ["| fault | injected | survived | commands | extra seconds, median and maximum | "
              "epochs trained again |",
              "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
-    for fault, entries in sorted(rows.items()):
-        seconds = sorted(max(0.0, entry["seconds"]) for entry in entries)
-        lines.append(
-            f"| {fault} | {len(entries)} | {sum(not entry['problems'] for entry in entries)} | "
-            f"{sum(entry['commands'] for entry in entries)} | {seconds[len(seconds) // 2]:.0f}, "
-            f"{seconds[-1]:.0f} | {sum(entry['redone'] for entry in entries)} |"
-        )
+    for name in FAULTS:
+        if entries := rows[name]:
+            seconds = sorted(max(0.0, entry.seconds) for entry in entries)
+            lines.append(
+                f"| {FAULTS[name].text} | {len(entries)} | "
+                f"{sum(not entry.problems for entry in entries)} | "
+                f"{sum(entry.commands for entry in entries)} | {seconds[len(seconds) // 2]:.0f}, "
+                f"{seconds[-1]:.0f} | {sum(entry.redone for entry in entries)} |"
+            )
+    late = sum(not entry.injected for entry in rounds)
+    lines.append(f"\n{len(rounds)} rounds; in {late} of them, the command ended before its fault")
     return "\n".join(lines)
+
+
+def choose_faults(bench: Bench) -> list[str]:
+    """Return the names of the faults to draw from, and print why others cannot be injected."""
+    wanted = bench.faults or [name for name in FAULTS if FAULTS[name].storage == bench.storage]
+    if unknown := set(wanted) - set(FAULTS):
+        sys.exit(f"--faults: {', '.join(unknown)}: choose from {', '.join(FAULTS)}")
+    obstacles = {name: FAULTS[name].obstacle() for name in wanted}
+    for name, obstacle in obstacles.items():
+        if obstacle:
+            print(f"{name!r} is not injected: {obstacle}", flush=True)
+    return [name for name in wanted if not obstacles[name]] or sys.exit("no fault can be injected")
 
 
 def main(bench: Bench) -> None:
     """Run rounds, and print the table of all logged rounds."""
     bench.log.parent.mkdir(parents=True, exist_ok=True)
+    names = choose_faults(bench)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    faults = bench.faults or STORAGE_FAULTS[bench.storage] or FAULTS
-    with storage_of(bench, folder) as bucket:
-        has_failed = run_rounds(bench, faults, TestBed(folder, bucket))
+    network = Network() if any(FAULTS[name].is_network for name in names) else None
+    with storage_of(bench, folder, network.host if network else "127.0.0.1") as bucket:
+        clock = Clock(folder) if any(FAULTS[name].clock for name in names) else None
+        has_failed = run_rounds(bench, names, TestBed(folder, bucket, network, clock))
     if not has_failed:
         shutil.rmtree(folder)
     print(table(bench.log))
@@ -669,25 +361,27 @@ def main(bench: Bench) -> None:
         sys.exit(f"the files of the failed rounds are in {folder}")
 
 
-def run_rounds(bench: Bench, faults: Sequence[str], bed: TestBed) -> bool:
+def run_rounds(bench: Bench, names: list[str], bed: TestBed) -> bool:
     """Run rounds until `minutes` or `rounds` is reached; return whether one was not survived."""
     ends = time.monotonic() + 60 * bench.minutes
+    references: dict[str, Reference] = {}
     has_failed = False
     try:
         ray.init(address=bed.cluster.address, log_to_driver=False)
         for number in range(bench.rounds):
             rng = random.Random(f"{bench.seed}-{number}")
-            work, fault = rng.choice(bench.work), rng.choice(faults)
+            work, name = rng.choice(bench.work), rng.choice(names)
             # Workers end before their driver.
-            share = rng.uniform(0.2, 0.8 if "worker" in fault else 1.0)
+            share = rng.uniform(0.2, 0.8 if FAULTS[name].needs_worker else 1.0)
             if time.monotonic() > ends:
                 break
-            bed.run_without_fault(work)
-            moment = round(share * bed.durations[work], 1)
-            current = Round(bench.seed, number, work, fault, moment)
-            run_round(bed, current, rng)
-            if not current.thrown:  # the driver ended before the fault, perhaps in less time
-                bed.durations[work] += min(current.seconds, 0.0)
+            reference = run_without_fault(bed, work, references)
+            current = Round(bench.seed, number, work, name, round(share * reference.seconds, 1))
+            with bed.jumping_clock(whose) if (whose := FAULTS[name].clock) else nullcontext():
+                run_round(bed, current, rng, references)
+            if not current.injected:  # the driver ended before the fault, perhaps in less time
+                faster = reference.seconds + min(current.seconds, 0.0)
+                references[work] = Reference(reference.result, faster)
             has_failed |= bool(current.problems)
             with bench.log.open("a") as log:
                 log.write(json.dumps(asdict(current)) + "\n")

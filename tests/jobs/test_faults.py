@@ -1,7 +1,11 @@
-"""A few rounds of fault injection: each is survived, with the same result as without a fault."""
+"""A few rounds of fault injection: each is survived, with the same result as without a fault.
+
+The clock that can jump is tested alone, because a round does not show that it has jumped.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,4 +32,38 @@ def test_a_preparation_survives_what_is_thrown_at_it(tmp_path: Path) -> None:
     rounds = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(rounds) == 3
     assert [entry["problems"] for entry in rounds] == [[], [], []]
-    assert any(entry["thrown"] for entry in rounds)
+    assert any(entry["injected"] for entry in rounds)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_only_the_system_clock_of_a_process_and_its_children_jumps(tmp_path: Path) -> None:
+    library, offset = tmp_path / "clock.so", tmp_path / "offset"
+    source = BENCH.with_name("faults_clock.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    offset.write_bytes(bytes(8))
+    program = """
+import subprocess, sys, time
+from pathlib import Path
+
+def clocks():
+    child = [sys.executable, "-c", "import time; print(time.time())"]
+    in_child = float(subprocess.run(child, capture_output=True, check=True).stdout)
+    return time.time(), in_child, time.monotonic()
+
+before = clocks()
+with Path(sys.argv[1]).open("r+b") as file:
+    file.write((-3600).to_bytes(8, sys.byteorder, signed=True))
+time.sleep(0.1)
+print([later - earlier for earlier, later in zip(before, clocks())])
+"""
+    environment = {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(offset)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(offset)],
+        env=os.environ | environment,
+        capture_output=True,
+        check=True,
+    )
+    here, in_child, monotonic = json.loads(done.stdout)
+    assert -3600 < here < -3540
+    assert -3600 < in_child < -3540
+    assert 0.1 <= monotonic < 60
