@@ -241,15 +241,19 @@ FAULTS = {
         "a worker is killed", partial(signal_worker, signal.SIGKILL), needs_worker=True
     ),
     "stop worker": Fault(
-        "a worker is stopped for 10 s", partial(signal_worker, signal.SIGSTOP), needs_worker=True
+        f"a worker is stopped for {PAUSE:g} s",
+        partial(signal_worker, signal.SIGSTOP),
+        needs_worker=True,
     ),
     "kill raylet": Fault("a raylet is killed", kill_raylet),
-    "stop raylet": Fault("a raylet is stopped for 10 s", stop_raylet),
+    "stop raylet": Fault(f"a raylet is stopped for {PAUSE:g} s", stop_raylet),
     "preempt node": Fault("a node is preempted", preempt_node),
     "kill server": Fault("the MLflow server is killed", kill_server),
-    "stop server": Fault("the MLflow server is stopped for 10 s", stop_server),
+    "stop server": Fault(f"the MLflow server is stopped for {PAUSE:g} s", stop_server),
     "kill driver": Fault("the driver is killed", partial(signal_driver, signal.SIGKILL)),
-    "stop driver": Fault("the driver is stopped for 10 s", partial(signal_driver, signal.SIGSTOP)),
+    "stop driver": Fault(
+        f"the driver is stopped for {PAUSE:g} s", partial(signal_driver, signal.SIGSTOP)
+    ),
     "terminate driver": Fault(
         "SIGTERM to the driver", partial(signal_driver, signal.SIGTERM), is_ending=True
     ),
@@ -261,14 +265,16 @@ FAULTS = {
     ),
     "two drivers": Fault("two drivers", start_second_driver),
     "refusing s3": Fault(
-        "the S3 server refuses all requests for 10 s", partial(set_s3_mode, "refusing"), "s3"
+        f"the S3 server refuses all requests for {PAUSE:g} s",
+        partial(set_s3_mode, "refusing"),
+        "s3",
     ),
     "slow s3": Fault(
-        "the S3 server delays all answers for 10 s", partial(set_s3_mode, "slow"), "s3"
+        f"the S3 server delays all answers for {PAUSE:g} s", partial(set_s3_mode, "slow"), "s3"
     ),
-    "full disk": Fault("the disk is full for 10 s", fill_disk, "small-disk"),
+    "full disk": Fault(f"the disk is full for {PAUSE:g} s", fill_disk, "small-disk"),
     "cut network": Fault(
-        "the network of a node is cut for 10 s",
+        f"the network of a node is cut for {PAUSE:g} s",
         partial(cut_network, until_dead=False),
         is_network=True,
         needs_worker=True,
