@@ -23,6 +23,7 @@ from ser_ray.plots.style import (
     format_percent,
     legend_above,
     new_axes,
+    shortened,
 )
 
 TrialRow = Mapping[str, Any]
@@ -30,6 +31,9 @@ TrialRow = Mapping[str, Any]
 MAX_TICKS = 5
 """If a hyperparameter has at most this many different values, and some repeat, each value gets a
 tick. Such values are probably from a `choice(...)`, so their labels are short."""
+
+AXIS_CHARACTERS = 40
+"""If the names of a choice need more characters than this, they are slanted."""
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))
@@ -89,7 +93,11 @@ def _set_up_x_axis(axes: Axes, values: Sequence[Any]) -> Sequence[float]:
     """Set the scale and the ticks of the x-axis, and return the position of each value."""
     distinct = sorted(set(values))
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-        axes.set_xticks(range(len(distinct)), [str(value) for value in distinct], parse_math=False)
+        names = [shortened(str(value)) for value in distinct]
+        axes.set_xticks(range(len(names)), names, parse_math=False)
+        if len(names) * max(map(len, names)) > AXIS_CHARACTERS:
+            for label in axes.get_xticklabels():
+                label.set(rotation=20, ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.5, len(distinct) - 0.5)
         return [distinct.index(value) for value in values]
     if distinct and distinct[0] > 0 and distinct[-1] >= 10 * distinct[0]:

@@ -67,6 +67,11 @@ def test_a_searched_choice_has_a_place_for_each_of_its_values() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["mel", "mfcc"]
     assert points(axes)["mfcc (1)"] == [[1, 0.6]]
     assert {x for x, _ in points(axes)["mel (4)"]} == {0}
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {0}
+    encoders = ("spectrogram", "mfcc", "mel", "wavlm_base_plus")
+    trials = [item | {"feature": name} for item in TRIALS for name in encoders]
+    (axes,) = parameter_figure(trials, "feature").axes
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {20}, "they overlapped"
     figure = parameter_figure([item | {"weights": "a$_$.pth"} for item in TRIALS], "weights")
     assert ">a$_$.pth<" in inline_svg(figure, "weights"), "it is text and no formula"
 
