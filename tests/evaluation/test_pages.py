@@ -30,6 +30,7 @@ from ser_ray.evaluation.pages import (
 )
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.plots.clip import clip_figure
+from ser_ray.search.tuner import OPTUNA_STUDY
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.models import make_checkpoint
 
@@ -500,6 +501,7 @@ def test_the_page_of_a_search_shows_every_trial() -> None:
     best = f"The best of 3 trials ({counts}) is trial 2, with lr_max 0.002, lr_ratio 25."
     assert f"{best} Its selected epoch is 2." in page.text
     assert "lr_max loguniform 0.0003 to 0.01" in page.text
+    assert f"optuna-dashboard {OPTUNA_STUDY} shows it" in page.text
     assert re.findall(r'class="value">([\d.]+%)</dd>', text) == ["20.0%", "30.0%", "10.0%"]
     rows = text.split('<th scope="row"><a href="trials/')[1:4]
     assert [row[2] for row in rows] == ["2", "1", "3"], "the best first, those without a score last"
