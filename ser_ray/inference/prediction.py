@@ -114,7 +114,13 @@ class Predictions(tuple[Prediction, ...]):
         return pd.DataFrame([prediction_row(prediction) for prediction in self])
 
     def _repr_html_(self) -> str:
-        return self.to_pandas()._repr_html_()
+        import pandas as pd
+
+        windows = [f"{len(prediction.timeline)} windows" for prediction in self]
+        table = self.to_pandas().assign(timeline=windows)
+        # By default, pandas cuts texts to 50 characters, and paths in the same folder look alike.
+        with pd.option_context("display.max_colwidth", None):
+            return table._repr_html_()
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Predictions as text, table and HTML, and the forms of audio that `predict` takes."""
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -79,5 +80,8 @@ def test_a_notebook_draws_answers_and_escapes_names(predictor, tmp_path):
     shown = [line.split()[0] for line in lines[-len(LABELS) :]]
     assert shown == sorted(LABELS, key=lambda label: -answer.probabilities[label])
     table = Predictions([answer, answer])._repr_html_()
-    assert table.count(answer.emotion) >= 2
+    assert table.count(f"<td>{answer.emotion}<") == 2
+    assert table.count(f"<td>{len(answer.timeline)} windows</td>") == 2
+    long = "a/" * 40 + "x.wav"
+    assert long in Predictions([replace(answer, path=long)])._repr_html_()
     assert "<i>" not in table
