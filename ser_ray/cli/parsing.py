@@ -6,8 +6,11 @@ fields first. The rule here joins the lines, and lists a verb's own flags first.
 
 import dataclasses
 import difflib
+import inspect
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cache
+from textwrap import fill
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
@@ -25,7 +28,8 @@ from ser_ray.errors import ConfigError
 
 V = TypeVar("V", bound=Verb)
 DESCRIPTION = """Speech emotion recognition at scale, on Ray and MLflow.
-`ser-ray VERB --help` lists the options of a verb, and `ser-ray --version` prints the version. To
+
+To list the options of a verb, run `ser-ray VERB --help`. `ser-ray --version` prints the version. To
 complete words with the Tab key, run `ser-ray --tyro-write-completion bash FILE` (or zsh) once, and
 `source FILE` in every shell."""
 
@@ -48,7 +52,7 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
         dict(verbs),
         args=[name, *flags],
         prog="ser-ray",
-        description=DESCRIPTION,
+        description=_wrapped(DESCRIPTION),
         registry=_registry(),
     )
     return verb
@@ -67,9 +71,22 @@ def _parse(verb: type[V], flags: Sequence[str], prog: str, defaults: V | None = 
         verb,
         args=flags,
         prog=prog,
+        description=_wrapped(verb.__doc__ or ""),
         default=MISSING_NONPROP if defaults is None else defaults,
         config=config,
         registry=_registry(),
+    )
+
+
+def _wrapped(description: str) -> str:
+    """Break the paragraphs of a description at the width of the terminal, which tyro does not do.
+
+    tyro joins lines unless they begin with a space or another character that is no letter.
+    """
+    width = shutil.get_terminal_size().columns
+    paragraphs = inspect.cleandoc(description).split("\n\n")
+    return "\n\n".join(
+        fill(text, width, subsequent_indent=" ", break_on_hyphens=False) for text in paragraphs
     )
 
 

@@ -79,21 +79,25 @@ def test_standard_output_has_the_result_and_nothing_that_a_library_prints(capsys
 
 
 @pytest.mark.parametrize("verb", FLAGS)
-def test_help_names_the_flags(verb, capsys):
+def test_help_names_the_flags_and_fits_the_terminal(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
     with pytest.raises(SystemExit) as exit_:
         main([verb, "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert [flag for flag in FLAGS[verb].split() if flag not in text] == []
+    assert max(map(len, text.splitlines())) <= 70
 
 
-def test_no_verb_prints_help_and_version_the_version(capsys):
+def test_no_verb_prints_help_and_version_the_version(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_:
         main([])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert [verb for verb in VERBS if verb not in text] == []
     assert "--tyro-write-completion" in text
+    assert max(map(len, text.splitlines()[1:])) <= 80  # argparse does not break its usage line
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"ser-ray {__version__}\n"
 
