@@ -75,7 +75,7 @@ class TrainConfig:
     """Which validation and test clips of RAVDESS are used: speech, song or both."""
     train_channel: Literal["speech", "song", "all"] = "all"
     """Which training clips of RAVDESS are used: speech, song or both."""
-    epochs: int = 48
+    epochs: int = 96
     """Number of passes over the training clips."""
     batch_size: int = 32
     """Number of clips in a step, over all workers together."""
