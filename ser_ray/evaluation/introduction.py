@@ -60,9 +60,8 @@ def _examples(checkpoint: Path, card: CheckpointCard) -> list[tuple[str, str]]:
     except SerRayError:
         return []
     path_by_label: dict[str, str] = {}
-    columns = (test[name].to_pylist() for name in ("path", "emotion", "start", "end"))
-    for path, label, start, end in zip(*columns, strict=True):
-        is_complete = start is None and end is None and Path(path).is_file()
-        if is_complete and label not in path_by_label:
-            path_by_label[label] = path
+    for clip in test.select(["path", "emotion", "start", "end"]).to_pylist():
+        is_complete = clip["start"] is None and clip["end"] is None
+        if is_complete and clip["emotion"] not in path_by_label and Path(clip["path"]).is_file():
+            path_by_label[clip["emotion"]] = clip["path"]
     return [(path_by_label[label], label) for label in card.labels if label in path_by_label]
