@@ -10,23 +10,40 @@ import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 Part = bytes | range
 """Some bytes, or a range of bytes in a file."""
 
 UNKNOWN_LENGTH = 0x7FFFF000
 """Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
-W64 = "<4s12xQ"
-CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"FORM": ">4sI", b"riff": W64}
-"""`struct` format of a chunk's header, its name and size, by the first bytes of a wav or AIFF. In
-W64, the size includes the header."""
+
+
+class _Form(NamedTuple):
+    """How a wav or AIFF stores its chunks."""
+
+    header: str
+    """`struct` format of a chunk's header: its name and size."""
+    begin: int = 12
+    """Position of the first chunk."""
+    alignment: int = 2
+    """The position of every chunk is a multiple of this number."""
+    extra: int = 0
+    """Number of bytes that the size of a chunk has in addition to its content."""
+
+
+FORMS = {
+    b"RIFF": _Form("<4sI"),
+    b"RF64": _Form("<4sI"),
+    b"RIFX": _Form(">4sI"),
+    b"FORM": _Form(">4sI"),
+    b"riff": _Form("<4s12xQ", begin=40, alignment=8, extra=24),
+}
+"""The forms of wavs and AIFFs, by their first bytes. The last one is W64."""
 SAMPLES = (b"data", b"SSND")
 """Names of the chunk with the samples of a wav and of an AIFF."""
 SSND_HEADER = 8
 """Number of bytes in the chunk of an AIFF before the samples."""
-ALIGNMENT = {"<4sI": 2, ">4sI": 2, W64: 8}
-"""The start of a chunk is a multiple of this number of bytes."""
 PRINTABLE = frozenset(range(32, 127))
 """Bytes that the name of a chunk may contain."""
 TAGS = (b"TAG", b"APET", b"ID3")
@@ -102,9 +119,9 @@ def repaired(file: BinaryIO) -> tuple[BinaryIO, float]:
     if num_before := _num_bytes_before(head, size):
         file, size = _view(file, [range(num_before, size)]), size - num_before
         head = file.read(HEAD_BYTES)
-    layout = CHUNKS.get(head[:4])
-    if layout and (head[8:12] in (b"WAVE", b"AIFF", b"AIFC") or layout == W64):
-        parts, missing_share = _repair_chunks(file, layout, size)
+    form = FORMS.get(head[:4])
+    if form and (head[8:12] in (b"WAVE", b"AIFF", b"AIFC") or form.extra):
+        parts, missing_share = _repair_chunks(file, form, size)
     else:
         declared = _declared_bytes(head, file)
         missing_share = declared / size - 1 if declared else 0.0
@@ -129,17 +146,18 @@ def _num_bytes_before(head: bytes, size: int) -> int:
     return num_bytes if num_bytes < size else 0
 
 
-def _repair_chunks(file: BinaryIO, layout: str, end: int) -> tuple[list[Part], float]:
+def _repair_chunks(file: BinaryIO, form: _Form, end: int) -> tuple[list[Part], float]:
     """Return the parts of a wav or AIFF, or none if it needs no repair; and its missing share.
 
     Libraries read only the first chunk with samples, and do not report missing bytes. If a recorder
     was interrupted, the declared length is 0, or in a wav another one after which no chunk begins.
     Then all bytes up to the end of the file are samples.
     """
-    before: list[Part] = [range(40 if layout == W64 else 12)]
+    before: list[Part] = [range(form.begin)]
     samples: list[range] = []
-    size_bytes, is_valid, previous = struct.calcsize(layout[-1]), True, b""
-    for header, name, content in _find_chunks(file, layout, end):
+    order, code = form.header[0], form.header[-1]  # of the size
+    size_bytes, is_valid, previous = struct.calcsize(code), True, b""
+    for header, name, content in _find_chunks(file, form, end):
         if samples and header.startswith(TAGS):
             break
         if name in SAMPLES:
@@ -147,7 +165,7 @@ def _repair_chunks(file: BinaryIO, layout: str, end: int) -> tuple[list[Part], f
                 before.append(header[:-size_bytes])
             samples.append(content)
         elif not samples:
-            padding = bytes(-len(content) % ALIGNMENT[layout])
+            padding = bytes(-len(content) % form.alignment)
             before += [range(content.start - len(header), content.stop), padding]
         elif not _is_plausible(name, content, end):
             is_empty = previous == b"SSND" and len(samples[-1]) <= SSND_HEADER
@@ -161,19 +179,19 @@ def _repair_chunks(file: BinaryIO, layout: str, end: int) -> tuple[list[Part], f
     is_padded = samples and sum(map(len, before)) + size_bytes == samples[0].start
     if not num_held or (is_valid and is_padded and len(samples) == 1):
         return [], missing_share
-    size = num_held + 24 if layout == W64 else min(num_held, 0xFFFFFFFF)
-    return [*before, struct.pack(layout[0] + layout[-1], size), *held], missing_share
+    size = struct.pack(order + code, min(num_held + form.extra, 256**size_bytes - 1))
+    return [*before, size, *held], missing_share
 
 
-def _find_chunks(file: BinaryIO, layout: str, end: int) -> Iterator[tuple[bytes, bytes, range]]:
+def _find_chunks(file: BinaryIO, form: _Form, end: int) -> Iterator[tuple[bytes, bytes, range]]:
     """Yield the header, name and content of the chunks of a file with `end` bytes.
 
     A length of UNKNOWN_LENGTH or more means "until the end of the file". Some programs omit the
     byte that must follow a chunk of odd size.
     """
-    place, long_size = 40 if layout == W64 else 12, 0
+    place, long_size = form.begin, 0
     for _ in range(MAX_CHUNKS):
-        header, name, content = _chunk_at(file, layout, place)
+        header, name, content = _chunk_at(file, form, place)
         if not header:
             return
         if name == b"ds64":  # of RF64: the sizes of the file and of the samples
@@ -182,18 +200,18 @@ def _find_chunks(file: BinaryIO, layout: str, end: int) -> Iterator[tuple[bytes,
             content = range(content.start, max(content.start + long_size, end))
         yield header, name, content
         place = content.stop
-        if not _is_plausible(*_chunk_at(file, layout, place)[1:], end):
-            place += -len(content) % ALIGNMENT[layout]
+        if not _is_plausible(*_chunk_at(file, form, place)[1:], end):
+            place += -len(content) % form.alignment
 
 
-def _chunk_at(file: BinaryIO, layout: str, place: int) -> tuple[bytes, bytes, range]:
+def _chunk_at(file: BinaryIO, form: _Form, place: int) -> tuple[bytes, bytes, range]:
     """Return the header, the name and the content of the chunk at a place; empty after the end."""
     file.seek(place)
-    length = struct.calcsize(layout)
+    length = struct.calcsize(form.header)
     if len(header := file.read(length)) < length:
         return b"", b"", range(place, place)
-    name, size = struct.unpack(layout, header)
-    size = min(max(size - 24, 0), LARGEST_SIZE) if layout == W64 else size
+    name, size = struct.unpack(form.header, header)
+    size = min(max(size - form.extra, 0), LARGEST_SIZE)
     return header, name, range(place + length, place + length + size)
 
 

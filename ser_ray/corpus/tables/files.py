@@ -8,12 +8,10 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ser_ray.corpus.words import COLUMNS
@@ -50,8 +48,8 @@ def read_text(location: str, find: FindColumns) -> tuple[pa.Table, tuple[str, ..
 
     Raises:
         CorpusError: the text is empty or in an unknown encoding, or lacks a needed column.
-        TableError: a row has more or fewer values than the header row.
-        pa.ArrowInvalid: the text is damaged in another way.
+        TableError: a row has more or fewer values than the header row, or a stray quotation mark
+            joins rows.
     """
     text, notes = _decode(location, read_file(location))
     return _parse(location, text, find), notes
@@ -108,48 +106,31 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
     separator = max(headers, key=rank)
     names = headers[separator]
     find(names)  # for a file that is not a table, this error is clearer than that of a row
-    numbered = [f"column {number}" for number in range(len(names))]
-    uneven: list[Any] = []
-
-    def refuse(row: Any) -> str:
-        if not row.text.strip():
-            return "skip"
-        uneven.append(row)
-        return "error"
-
-    try:
-        table = pa.csv.read_csv(
-            io.BytesIO(f"{text}\n".encode()),
-            pa.csv.ReadOptions(column_names=numbered, skip_rows=1),
-            pa.csv.ParseOptions(
-                delimiter=separator, newlines_in_values=True, invalid_row_handler=refuse
-            ),
-            # Every column is text. Otherwise speaker 01 would become the number 1.
-            pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
-        )
-    except pa.ArrowInvalid as error:
-        if not uneven:
-            raise
-        row = uneven[0]
+    rows = _split_rows(text, separator)[1:]
+    if uneven := next((row for row in rows if len(row) != len(names)), None):
         raise TableError(
-            f"the header row has {row.expected_columns} values, and a row has "
-            f"{row.actual_columns}: {row.text[:80]!r}"
-        ) from error
-    if any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in table.columns):
-        _require_closed_quotes(text, separator)
-    # Spreadsheets write rows that only have separators.
-    is_blank = [pc.equal(pc.utf8_trim_whitespace(column), "") for column in table.columns]
-    return table.filter(pc.invert(reduce(pc.and_, is_blank))).rename_columns(names)
+            f"the header row has {len(names)} values, and a row has {len(uneven)}: "
+            f"{separator.join(uneven)[:80]!r}"
+        )
+    columns = zip(*rows, strict=True) if rows else [()] * len(names)
+    return pa.table([pa.array(column, pa.string()) for column in columns], names)
 
 
-def _require_closed_quotes(text: str, separator: str) -> None:
-    """Raise a TableError if a stray quotation mark joins rows, for which Arrow raises no error."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    first = 1  # the first line of the row
-    limit = csv.field_size_limit(len(text))  # Arrow has no limit
+def _split_rows(text: str, separator: str) -> list[list[str]]:
+    """Split text into rows of values. Rows without any value, as spreadsheets write, are left out.
+
+    Raises:
+        TableError: a stray quotation mark joins rows.
+    """
+    limit = csv.field_size_limit(len(text))
+    first = 1  # the first line of the row that is being read
     try:
-        for _ in reader:
-            first = reader.line_num + 1
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        rows = [row for row in reader if any(map(str.strip, row))]
+        if any("\n" in value or "\r" in value for row in rows for value in row):
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+            for _ in reader:
+                first = reader.line_num + 1
     except csv.Error as error:
         raise TableError(
             f"the quotation mark that opens a value near line {first} is not closed at the end of "
@@ -157,6 +138,7 @@ def _require_closed_quotes(text: str, separator: str) -> None:
         ) from error
     finally:
         csv.field_size_limit(limit)
+    return rows
 
 
 def column_key(name: str) -> str:
@@ -239,10 +221,8 @@ def read_parquet(location: str, find: FindColumns) -> pa.Table:
             )
     for name in table.column_names:
         if classes := features.get(name, {}).get("names"):
-            numbers = table[name].to_pylist()
-            labels = [
-                None if n is None or not 0 <= n < len(classes) else classes[n] for n in numbers
-            ]
+            known, numbers = range(len(classes)), table[name].to_pylist()
+            labels = [classes[number] if number in known else None for number in numbers]
             index = table.column_names.index(name)
             table = table.set_column(index, name, pa.array(labels, pa.string()))
     return table
