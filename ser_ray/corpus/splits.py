@@ -272,7 +272,7 @@ def _number_groups(
     for names in (takes, known, paths):
         row_of = {name: row for row, name in enumerate(names)}
         columns.append(np.array([row_of[name] for name in names]))
-    groups, before = np.unique(takes, return_inverse=True)[1], None
+    groups, before = np.unique(takes, return_inverse=True)[1], np.empty(0, np.int64)
     while not np.array_equal(groups, before):
         before = groups
         for rows in columns:  # rows with the same name get the smallest of their groups
