@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 DAMAGED = (
-    EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError,
+    EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
     pickle.UnpicklingError, struct.error, SafetensorError,
 )  # fmt: skip
 """Errors that the libraries raise for files that are damaged or hold no weights."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from ser_ray.errors import CheckpointError, ConfigError, EncoderError
 from ser_ray.features.config import require_valid
 from ser_ray.storage.json_text import read_object
-from ser_ray.storage.paths import filesystem_of
+from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.training.checkpoint_card import CARD_ERRORS, CheckpointCard
 from ser_ray.training.model import EncoderHead, ResNet18, new_network
 
@@ -164,12 +164,9 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
         with filesystem.open_input_stream(f"{path}/{PROGRESS}") as stream:
             progress = read_object(stream.read())
         Progress.from_dict(progress)
-        names = (MODEL, STATE, CARD)
-        files = filesystem.get_file_info([f"{path}/{name}" for name in names])
-        complete = all(
-            file.size == progress["sizes"][name] for name, file in zip(names, files, strict=True)
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, ConfigError):
+        files = filesystem.get_file_info([f"{path}/{name}" for name in (MODEL, STATE, CARD)])
+        complete = progress["sizes"] == {file.base_name: file.size for file in files}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, ConfigError):
         return None  # a file is missing, damaged or still being written
     return progress if complete else None
 
@@ -178,7 +175,8 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
 def local_checkpoint(location: str) -> Iterator[Path]:
     """Yield the local directory of a checkpoint.
 
-    A checkpoint in remote storage is downloaded, and the download is deleted at the end.
+    A checkpoint in remote storage is downloaded, and the download is deleted at the end. An error
+    that the caller raises about the download gets the name of the remote folder.
 
     Args:
         location: folder or URI of the checkpoint, or of a finished run.
@@ -194,7 +192,7 @@ def local_checkpoint(location: str) -> Iterator[Path]:
                 [f"{path}/{CARD}", f"{path}/{SELECTED}/{CARD}"]
             )
             if card.type == fs.FileType.NotFound and selected.type == fs.FileType.File:
-                path = f"{path}/{SELECTED}"
+                path, location = f"{path}/{SELECTED}", location_inside(location, SELECTED)
             local = Path(path)
             if not isinstance(filesystem, fs.LocalFileSystem):
                 local = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -202,7 +200,12 @@ def local_checkpoint(location: str) -> Iterator[Path]:
                     fs.copy_files(path, str(local), source_filesystem=filesystem)
         except OSError as error:
             raise CheckpointError(f"{location}: cannot be read ({error})") from error
-        yield local
+        try:
+            yield local
+        except (CheckpointError, EncoderError) as error:
+            if isinstance(filesystem, fs.LocalFileSystem):
+                raise
+            raise type(error)(str(error).replace(str(local), location)) from error
 
 
 def read_card(directory: Path) -> CheckpointCard:

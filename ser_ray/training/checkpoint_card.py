@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ser_ray.corpus.words import CORPORA, CorpusKind
-from ser_ray.errors import CheckpointError, ConfigError, MismatchError
+from ser_ray.errors import ConfigError, MismatchError
 from ser_ray.features.config import KINDS, FeatureConfig, require_range, require_valid
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.card import UsedCorpus
@@ -22,7 +22,7 @@ from ser_ray.training.recipe import TrainConfig
 
 SCHEMA_VERSION = 1
 CARD_ERRORS = (ValueError, KeyError, TypeError, OverflowError, ConfigError)
-"""The errors of `CheckpointCard.from_json` for a text that is not a card."""
+"""The errors of `CheckpointCard.from_json`."""
 IngestKind = Literal["resident", "stream"]
 """Whether the training clips were in memory or streamed. Their order depends on this."""
 
@@ -93,14 +93,13 @@ class CheckpointCard:
         """Parse the text that `to_json` returned.
 
         Raises:
-            CheckpointError: the card has another schema version.
-            CARD_ERRORS: the text is not a card.
+            CARD_ERRORS: the text is not a card, or the card has another schema version.
         """
         values = read_object(text)
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise CheckpointError(
-                f"the card has schema version {version}, but this version of ser-ray reads "
+            raise ValueError(
+                f"its schema version is {version}, but this version of ser-ray reads "
                 f"{SCHEMA_VERSION}: use the version that wrote it, or train again"
             )
         normalisation = values.pop("normalisation")

@@ -35,7 +35,7 @@ def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Load the tensors that `optimiser_tensors` returned. Tensors with other names are ignored.
 
     Raises:
-        ValueError, KeyError, RuntimeError: the tensors do not fit the optimiser's weights.
+        ValueError, LookupError, RuntimeError: the tensors do not fit the optimiser's weights.
     """
     weights = optimiser.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)

@@ -255,7 +255,7 @@ class Trainer:
             shape = num_validated, len(self.data.labels)
             probabilities = torch.zeros(shape, dtype=torch.float64, device=self.device)
             self.validation_probabilities = probabilities.copy_(state[VALIDATION_PROBABILITIES])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError) as error:
             raise MismatchError(
                 f"the checkpoint's state does not fit this training ({str(error)[:200]}): give "
                 "another --name to start afresh"

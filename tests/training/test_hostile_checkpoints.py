@@ -7,20 +7,24 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
+from zipfile import ZipFile
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from pyarrow import fs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from ser_ray.errors import CheckpointError
 from ser_ray.shards.read import ShardSet
+from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
     PROGRESS,
     STATE,
     Snapshot,
+    local_checkpoint,
     read_card,
     read_network,
     read_progress,
@@ -105,6 +109,25 @@ def test_any_tensors_are_used_or_refused_in_one_line(
     hold(examples, damaged([path.read_bytes(), *others]), are_used_or_refused)
 
 
+def test_a_state_of_more_weights_than_the_network_has_is_refused(checkpoint: Path) -> None:
+    state = load_file(checkpoint / STATE)
+    save_file(state | {"optimiser.99.exp_avg": torch.zeros(1)}, checkpoint / STATE)
+    assert not is_answered(lambda: use(checkpoint))
+
+
+def test_a_weights_file_whose_tensors_have_no_type_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"weight": torch.zeros(1)}, path)
+    content = BytesIO()
+    with ZipFile(path) as archive, ZipFile(content, "w") as changed:
+        for name in archive.namelist():
+            # The text `torch` is read in place of the class that names the type.
+            text = archive.read(name).replace(b"ctorch\nFloatStorage\n", b"X\5\0\0\0torch")
+            changed.writestr(name, text)
+    path.write_bytes(content.getvalue())
+    assert not is_answered(lambda: read_pretrained(str(path), 4))
+
+
 class Hostile:
     """An object whose pickle makes a file when it is loaded."""
 
@@ -157,3 +180,19 @@ def test_any_file_of_weights_is_used_or_refused_in_one_line(tmp_path: Path, exam
 def test_the_checkpoint_is_used_as_it_is(checkpoint: Path) -> None:
     use(checkpoint)
     assert Snapshot.read(checkpoint).progress["epoch"] == 1
+
+
+def test_an_error_about_a_checkpoint_in_a_bucket_names_its_location(checkpoint: Path) -> None:
+    bucket = "memory://damaged-checkpoints"
+    filesystem, folder = filesystem_of(bucket)
+    fs.copy_files(str(checkpoint), f"{folder}/run/selected", destination_filesystem=filesystem)
+    with filesystem.open_output_stream(f"{folder}/run/selected/{CARD}") as stream:
+        stream.write(b"{}")
+    schema = f"{CARD}: cannot be read as a checkpoint's card (its schema version is None"
+    for name, message in (
+        ("nothing", "nothing: no checkpoint here"),
+        ("run", f"run/selected/{schema}"),
+    ):
+        with pytest.raises(CheckpointError) as error, local_checkpoint(f"{bucket}/{name}") as found:
+            read_card(found)
+        assert str(error.value).startswith(f"{bucket}/{message}")
