@@ -14,8 +14,8 @@ from ser_ray.cli.train import Train
 from ser_ray.cli.verb import Verb, VerbResult, say
 from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.errors import ConfigError
-from ser_ray.features.config import FeatureConfig
+from ser_ray.errors import ConfigError, ShardsError
+from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.progress import stderr_console
 from ser_ray.shards.config import PrepareConfig, TableConfig, column_names
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
@@ -112,6 +112,14 @@ class Pipeline(Verb, TableConfig):
                 f"protocol is {ALL}, which has no test part to score: run `ser-ray prepare` and "
                 f"`ser-ray train --protocol {ALL}` instead"
             )
+        if (feature := self.recipe.feature) not in KINDS:
+            try:
+                api.open_shards(self.shards).card.encoder_of(feature)
+            except ShardsError:
+                raise ConfigError(
+                    f"feature is {feature}: pipeline prepares {', '.join(KINDS)}; for an encoder, "
+                    f"run `ser-ray prepare --encoder {feature}` first"
+                ) from None
         labels: tuple[str, ...] = EMOTIONS
         if self.corpus != SYNTHETIC:
             listed = list_corpus(self.corpus, self.missing, column_names(self.columns))

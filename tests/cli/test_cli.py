@@ -279,6 +279,7 @@ def test_a_run_is_named_after_its_origin_alone_only_if_the_recipe_is_equal(capsy
         ("prepare --corpus a --shards b --max-seconds inf", "max_seconds is inf: it must be a fin"),
         ("prepare --corpus a --shards b --trim-margin -1", "trim_margin is -1.0"),
         ("pipeline --weights nowhere.pth", "nowhere.pth: no such file"),
+        ("pipeline --feature melody", "melody: pipeline prepares spectrogram, mel, mfcc; for an"),
         (
             "register 00000000000000000000000000000000 --name a --tracking-uri foo://bar",
             "foo://bar: no MLflow database can be opened",
