@@ -6,9 +6,11 @@ bound is the learning rate at which the loss stops falling."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter1d
 
 from ser_ray.errors import DivergedError
 from ser_ray.shards.read import ShardSet
@@ -116,7 +118,5 @@ def propose_bounds(
 
 def _smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
     """Average each loss with its neighbours, weighted by a Gaussian window."""
-    values = np.asarray(losses, dtype=np.float64)
-    steps = np.arange(len(values))
-    weights = np.exp(-0.5 * ((steps[:, None] - steps) / SMOOTHING_STEPS) ** 2)
-    return (weights @ values) / weights.sum(axis=1)
+    window = partial(gaussian_filter1d, sigma=SMOOTHING_STEPS, mode="constant", truncate=8)
+    return window(np.asarray(losses, dtype=np.float64)) / window(np.ones(len(losses)))

@@ -1,5 +1,7 @@
 """The range test's proposal on loss curves with a known answer, and on a small training."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,16 @@ def test_one_unusual_loss_in_the_first_step_does_not_decide_when_the_test_ends(f
     falling = [first, *np.linspace(2.0, 0.5, 99)]
     assert not any(has_diverged(falling[: step + 1]) for step in range(len(falling)))
     assert has_diverged([*falling, *np.linspace(0.5, 9.0, 30)])
+
+
+def test_the_memory_for_many_steps_grows_in_proportion_to_their_number():
+    losses = np.linspace(2.0, 0.5, 3000)
+    tracemalloc.start()
+    try:
+        assert not has_diverged(losses)
+        assert tracemalloc.get_traced_memory()[1] < 20 * losses.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("wrong", [{"lowest": 0.0}, {"lowest": 2.0}, {"steps": 3}])
