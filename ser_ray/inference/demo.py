@@ -120,8 +120,9 @@ def answer(
             f"<pre>{html.escape(lines)}</pre></details>"
         )
     picture = _picture(predictor, samples, sample_rate, prediction)
-    loss = f"<p>{html.escape(sound.loss)}</p>" if sound.loss else ""
-    return prediction.probabilities, loss + picture + timeline
+    doubts = [text for text in (sound.loss, prediction.warning) if text]
+    notes = "".join(f"<p>{html.escape(doubt)}</p>" for doubt in doubts)
+    return prediction.probabilities, notes + picture + timeline
 
 
 def _picture(

@@ -52,6 +52,14 @@ def test_a_long_recording_shows_its_windows(predictor, tmp_path):
     assert drawn >= {segment.emotion for segment in found.timeline}, "the timeline is in the figure"
 
 
+def test_a_reason_to_doubt_the_prediction_is_shown(predictor, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 48_000)
+    path = write_wav(tmp_path / "noise.wav", noise)
+    warning = predictor.predict(str(path)).warning
+    assert "may contain no voice" in warning
+    assert f"<p>{warning}</p>" in answer(predictor, decode, str(path))[1]
+
+
 def test_the_reason_of_a_refusal_is_shown_as_text(predictor, tmp_path):
     write_wav(tmp_path / "silent.wav", np.zeros(48_000))
     (tmp_path / "<b>.wav").write_text("no sound")
