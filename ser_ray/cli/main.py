@@ -8,7 +8,6 @@ instead. Nothing slow is imported before a verb runs.
 import dataclasses
 import errno
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -17,7 +16,7 @@ from ser_ray.cli.data import Download, Prepare
 from ser_ray.cli.model import DemoUi, Evaluate, Export, Predict, Register
 from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import Pipeline
-from ser_ray.cli.stop import Stopped, make_output_safe, stopped_by_signals
+from ser_ray.cli.stop import Stopped, discard_output, make_output_safe, stopped_by_signals
 from ser_ray.cli.train import Crossval, LrRange, Train, Tune
 from ser_ray.cli.verb import Verb
 from ser_ray.errors import SerRayError
@@ -113,7 +112,7 @@ def _discard_unwritten() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output(sys.stdout.fileno())
 
 
 def _advice(verb: Verb | None) -> str:

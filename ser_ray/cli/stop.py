@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 RETRY_SECONDS = 0.1
@@ -102,9 +103,13 @@ def _leave_terminal() -> None:
     """Discard further output to the terminal, because writing to a closed terminal fails."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            null_device = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null_device, descriptor)
-            os.close(null_device)
+            discard_output(descriptor)
+
+
+def discard_output(descriptor: int) -> None:
+    """Discard all further output to a file descriptor."""
+    with Path(os.devnull).open("wb") as null_device:
+        os.dup2(null_device.fileno(), descriptor)
 
 
 def make_output_safe() -> None:
@@ -115,7 +120,7 @@ def make_output_safe() -> None:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     codecs.register_error("readable", _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -83,7 +83,8 @@ class PackagedModel:
         try:
             prediction = self._predict(row)
         except ClipError as error:
-            prediction = Prediction(path="", status=error.status, reason=error.reason)
+            reason = f"{error.reason}; {ROW_FORMAT}"
+            prediction = Prediction(path="", status=error.status, reason=reason)
         return {
             "emotion": prediction.emotion or "",
             **{
@@ -96,27 +97,30 @@ class PackagedModel:
         }
 
     def _predict(self, row: dict[Any, Any]) -> Prediction:
+        """Predict the emotion in one recording.
+
+        Raises:
+            ClipError: the row does not have one recording in an accepted form.
+        """
         kinds = [kind for kind in RECORDING_COLUMNS if kind in row]
         if len(kinds) != 1:
             found = " and ".join(kinds) or "a value in none of path, audio and waveform"
-            raise ClipError("unreadable", f"the row has {found}; {ROW_FORMAT}")
+            raise ClipError("unreadable", f"the row has {found}")
         if kinds == ["path"]:
             if not isinstance(row["path"], str | os.PathLike):
-                raise ClipError("unreadable", f"path is not a string; {ROW_FORMAT}")
+                raise ClipError("unreadable", "path is not a string")
             return self.predictor.predict(row["path"])
         if kinds == ["audio"]:
             return self.predictor.predict_file(BytesIO(_file_bytes(row["audio"])), "audio")
         try:
             samples = np.asarray(row["waveform"])
         except ValueError:  # a list of lists with different lengths
-            raise ClipError(
-                "unreadable", f"the waveform is not a list of numbers; {ROW_FORMAT}"
-            ) from None
+            raise ClipError("unreadable", "the waveform is not a list of numbers") from None
         prediction = self.predictor.predict_samples(
             samples, row.get("sample_rate", WAVEFORM_RATE), "waveform"
         )
         if prediction.status == "unreadable":
-            raise ClipError("unreadable", f"{prediction.reason}; {ROW_FORMAT}")
+            raise ClipError("unreadable", str(prediction.reason))
         return prediction
 
 
@@ -183,7 +187,7 @@ def _file_bytes(audio: Any) -> bytes:
         text = text.replace("-", "+").replace("_", "/").rstrip("=")
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:
-        reason = f"audio is neither base64 nor a data URI with base64; {ROW_FORMAT}"
+        reason = "audio is neither base64 nor a data URI with base64"
         raise ClipError("unreadable", reason) from None
 
 

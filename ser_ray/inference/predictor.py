@@ -161,11 +161,9 @@ class Predictor:
             layers = self.encoder.encode(features).astype(np.float16)  # as in the shards
             features = list(layers.reshape(len(layers), -1, 1))
         num_frames = np.array([clip.shape[1] for clip in features])
-        padded = np.zeros((len(features), len(features[0]), num_frames.max()), np.float16)
-        for row, clip in zip(padded, features, strict=True):
-            row[:, : clip.shape[1]] = clip
         rows, no_labels = np.arange(len(features)), np.zeros(len(features))
-        clips = Clips.resident(padded, num_frames, no_labels, self.card.normalisation, self.device)
+        normalisation = self.card.normalisation
+        clips = Clips.resident(features, num_frames, no_labels, normalisation, self.device)
         scores = predict_clips(self.network, clips, rows, self.card.config, len(self.labels))
         return apply_temperature(scores, self.card.temperature)
 

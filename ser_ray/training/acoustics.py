@@ -212,7 +212,7 @@ class Acoustics:
         """Draw the power of the sum of a clip and Gaussian noise of expected power `added`."""
         variance = added * (added + 2 * clip)
         # The clamps keep the shape parameter of the distribution finite if nothing is added.
-        shape = self.num_independent * (clip + added).square() / variance.clamp(min=1e-30)
+        shape = self.num_independent * (clip + added).square() / variance.clamp(min=TINY)
         shape = shape.clamp(min=1e-3, max=1e6)
         ratio = Gamma(shape, shape, validate_args=False).sample()  # its mean is 1
         return torch.where(added > 0, ratio, 1.0) * (clip + added)

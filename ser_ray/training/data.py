@@ -9,7 +9,7 @@ Features in memory are [clips, frames, bins] float16, so that a crop copies whol
 features of an encoder have one frame per clip, whose bins are the values of all layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Generic, Protocol, TypeVar
@@ -32,6 +32,10 @@ BALANCE_PASSES = 100
 """How often labels and corpora are balanced in turn, because each unbalances the other."""
 
 
+Features = np.ndarray | Sequence[np.ndarray]
+"""Features of several clips [clips, bins, frames], or an array [bins, frames] for each clip."""
+
+
 @dataclass(frozen=True, slots=True)
 class Normalisation:
     """Mean and standard deviation of every bin over all valid training frames [bins]."""
@@ -47,17 +51,15 @@ class Normalisation:
         return cls(mean, np.where(std < MIN_STD, 1.0, std))
 
     def frames_first(
-        self, features: np.ndarray, num_frames: np.ndarray, max_frames: int
+        self, features: Features, num_frames: np.ndarray, max_frames: int
     ) -> np.ndarray:
-        """Normalise features [clips, bins, frames] to mean 0 and standard deviation 1.
-
-        They are also padded, and the frames are put before the bins.
+        """Normalise features to mean 0 and standard deviation 1, and put frames before bins.
 
         Returns:
             [clips, max_frames, bins] float16. The frames after `num_frames` [clips] are 0.
         """
         mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
-        padded = np.zeros((len(features), max_frames, features.shape[1]), np.float16)
+        padded = np.zeros((len(features), max_frames, len(mean)), np.float16)
         for row, clip, length in zip(padded, features, num_frames, strict=True):
             row[:length] = (clip[:, :length].T - mean) / std
         return padded
@@ -94,13 +96,13 @@ class Clips:
     @classmethod
     def resident(
         cls,
-        features: np.ndarray,
+        features: Features,
         num_frames: np.ndarray,
         labels: np.ndarray,
         normalisation: Normalisation,
         device: torch.device,
     ) -> "Clips":
-        """Normalise raw features [rows, bins, frames] and copy them to the device."""
+        """Normalise raw features and copy them to the device."""
         max_frames = int(num_frames.max(initial=1))
         padded = normalisation.frames_first(features, num_frames, max_frames)
         return cls(
