@@ -54,15 +54,16 @@ FLAGS = {
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_terminal_breaks_a_printed_line_between_words(is_terminal, monkeypatch):
+    written = io.StringIO()
     shown = Console(
-        file=io.StringIO(), force_terminal=is_terminal, width=40, soft_wrap=True, highlight=False
+        file=written, force_terminal=is_terminal, width=40, soft_wrap=True, highlight=False
     )
     monkeypatch.setattr(verb, "stderr_console", lambda: shown)
     path = "/shards/of/a/corpus/in-a-folder-with-a-long-name"
     say("recipe", f"mel, learning rate 0.0001 to 0.002 {path}")
     broken = f"recipe       mel, learning rate 0.0001\n{' ' * 13}to 0.002\n{' ' * 13}{path}\n"
     whole = f"recipe       mel, learning rate 0.0001 to 0.002 {path}\n"
-    assert shown.file.getvalue() == (broken if is_terminal else whole)
+    assert written.getvalue() == (broken if is_terminal else whole)
 
 
 def test_standard_output_has_the_result_and_nothing_that_a_library_prints(capsys, monkeypatch):
