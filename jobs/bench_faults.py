@@ -342,7 +342,9 @@ def choose_faults(bench: Bench) -> list[str]:
     for name, obstacle in obstacles.items():
         if obstacle:
             print(f"{name!r} is not injected: {obstacle}", flush=True)
-    return [name for name in wanted if not obstacles[name]] or sys.exit("no fault can be injected")
+    if all(obstacles.values()):
+        sys.exit("no fault can be injected")
+    return [name for name in wanted if not obstacles[name]]
 
 
 def main(bench: Bench) -> None:

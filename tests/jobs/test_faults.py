@@ -67,3 +67,16 @@ print([later - earlier for earlier, later in zip(before, clocks())])
     assert -3600 < here < -3540
     assert -3600 < in_child < -3540
     assert 0.1 <= monotonic < 60
+
+
+def test_a_clock_that_cannot_jump_is_said_to_need_a_compiler(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "faults", "--faults", "driver clock"]
+    done = subprocess.run(
+        [*command, "--log", str(tmp_path / "faults.jsonl")],
+        env=os.environ | {"PYTHONPATH": str(BENCH.parents[1]), "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "'driver clock' is not injected: it needs a C compiler: install gcc" in done.stdout
+    assert "no fault can be injected" in done.stderr
