@@ -146,10 +146,8 @@ class TestBed:
     ) -> None:
         self.folder, self.log = folder, (folder / "output.log").open("ab")
         self.bucket, self.network, self.clock = bucket, network, clock
-        self.node_environment: dict[str, str] = {}
-        """Further environment variables of the nodes that will be started."""
-        self.driver_environment: dict[str, str] = {}
-        """Further environment variables of the drivers that will be started."""
+        self.environments: dict[str, dict[str, str]] = {"driver": {}, "nodes": {}}
+        """Further environment variables of the drivers and nodes that will be started."""
         address = {"node_ip_address": network.host} if network else {}
         head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, **address}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -170,7 +168,7 @@ class TestBed:
             self.kill_node(node)
         while len(self.nodes) < NODES:
             machine = self.network.new_machine() if self.network else nullcontext(None)
-            with machine as address, mock.patch.dict(os.environ, self.node_environment):
+            with machine as address, mock.patch.dict(os.environ, self.environments["nodes"]):
                 self.nodes.append(
                     self.cluster.add_node(
                         num_cpus=1, object_store_memory=OBJECT_STORE, node_ip_address=address
@@ -191,8 +189,7 @@ class TestBed:
             whose: `driver` or `nodes`.
         """
         assert self.clock is not None
-        environments = {"driver": self.driver_environment, "nodes": self.node_environment}
-        with mock.patch.dict(environments[whose], self.clock.environment):
+        with mock.patch.dict(self.environments[whose], self.clock.environment):
             if whose == "nodes":
                 self._restart_nodes()
             yield
@@ -260,7 +257,8 @@ class TestBed:
             driver = psutil.Popen(
                 self.command(work, target), stdout=out, stderr=err, start_new_session=True,
                 preexec_fn=default_signals,
-                env=os.environ | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"} | self.driver_environment,
+                env=os.environ | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+                | self.environments["driver"],
             )  # fmt: skip
         return driver, errors
 
