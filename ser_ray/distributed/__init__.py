@@ -16,7 +16,7 @@ lr_range       runs a learning-rate range test
 A run folder and its MLflow run have the same name. It is the value of `--name`, or else made by
 `run_name` (train.py), `name_like` (tracking/registry.py), `run_lr_range` (lr_range.py),
 `search_name` (search/tuner.py) or `crossval_name` (search/crossval.py). A range test adds a number
-to the name if the folder already exists.
+to the name if a run already uses the folder.
 
 An interrupted training resumes from the newest complete checkpoint in its run folder.
 `RunConfig.max_failures` limits the failures in each of the first four rows separately:

@@ -123,9 +123,9 @@ def run_lr_range(
 
 
 def _new_folder(run: RunConfig, name: str) -> RunFolder:
-    """Return the first of the folders NAME, NAME-2, NAME-3, ... that does not exist."""
+    """Return the first of the folders NAME, NAME-2, NAME-3, ... that no run uses."""
     folder, number = RunFolder(absolute(run.storage), name), 1
-    while folder.exists():
+    while folder.is_used():
         number += 1
         folder = RunFolder(absolute(run.storage), f"{name}-{number}")
     return folder

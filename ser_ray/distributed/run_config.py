@@ -24,7 +24,7 @@ class RunConfig:
     (stream). auto streams if the clips need more than half of a worker's memory. Only `train`
     uses this setting."""
     name: str = ""
-    """Name of the run. A later command with this name resumes the run, but `lr-range` starts a new
+    """Name of the run. The same verb with this name resumes the run, but `lr-range` starts a new
     run, NAME-2. If empty, the name is made from the settings: the same settings on the same data
     give the same name."""
     storage: str = "ser-ray-out/runs"

@@ -139,9 +139,11 @@ class RunFolder:
         if self._lock is not None:
             self._lock.require_held()
 
-    def exists(self) -> bool:
-        """Return whether there is a file or folder of this name in the storage."""
-        return bool(self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound)
+    def is_used(self) -> bool:
+        """Return whether the folder has files, or a file has its name."""
+        if self.filesystem.get_file_info(self.path).is_file:
+            return True
+        return bool(self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True)))
 
     def read(self, name: str) -> bytes:
         """Read a small file in the folder."""

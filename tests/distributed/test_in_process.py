@@ -304,8 +304,9 @@ def test_no_training_runs_in_the_folder_of_a_range_test(in_tmp, small_network, m
         RunConfig(name="one"),
         LrRangeConfig(lowest=1e-4, steps=80),
     )
-    with FolderLock("ser-ray-out/runs/one", SerRayError, activity="", advice=""):
-        monkeypatch.setattr(RunFolder, "exists", lambda folder: False)  # it began a moment ago
+    other = FolderLock("ser-ray-out/runs/one", SerRayError, activity="", advice="")
+    with other, monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "is_used", lambda folder: False)  # it began a moment ago
         with pytest.raises(CheckpointError, match="under this name"):
             run_lr_range(shards, CONFIG, run, test)
     result = run_lr_range(shards, CONFIG, run, test)
