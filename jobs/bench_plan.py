@@ -1,13 +1,14 @@
 """Measures the time and the driver's memory that `prepare` needs for a long list of clips.
 
 `python jobs/bench.py plan --clips 1000000` prints the time and the driver's memory at the first
-shard, after each tenth of the clips, and at the end. Listing and planning precede the first shard;
-the card is written after the last one. With `--sets 4`, the clips are split into four corpora,
-whose shard sets are then opened as one.
+shard, after each tenth of the clips of a corpus, and at the end. Listing and planning precede the
+first shard. The card is written after the last one. With `--sets 4`, the clips are split into four
+corpora, whose shard sets are then opened as one.
 
-The clips are segments of 1000 files of one second each. Only the first segment of a file is inside
-the file, so hardly anything is decoded, but every row is processed and gets an outcome. Neither the
-listing of a bucket nor the decoding is measured; for the decoding, see `bench.py prepare`.
+The clips are segments of 1000 files, and each file lasts one second. Only the first segment of a
+file is inside the file, but every row is processed and gets an outcome. Of a million clips, a shard
+has segments of only one file, so it decodes one second of sound. The listing of a bucket is not
+measured. `bench.py prepare` measures decoding.
 """
 
 import resource
@@ -30,7 +31,7 @@ from ser_ray.shards.prepare import prepare
 
 SPEAKERS = 1000
 RATE = 16_000
-"""In hertz."""
+"""Sample rate of the files in hertz."""
 EMOTIONS = ("neutral", "happy", "sad", "angry")
 
 
@@ -41,7 +42,7 @@ class Bench:
     clips: int = 1_000_000
     """Number of clips of all sets."""
     rows_per_shard: int = 128
-    """Number of clips in a shard."""
+    """Largest number of clips in a shard."""
     processes: int = 2
     """CPUs of the Ray cluster."""
     sets: int = 1
@@ -49,7 +50,7 @@ class Bench:
 
 
 def write_corpus(path: Path, clips: int) -> None:
-    """Write the files, and a table of segments of them. The table is written in steps."""
+    """Write the files, and a table of their segments: 10,000 rows at a time, to save memory."""
     rng = np.random.default_rng(0)
     for n in range(min(SPEAKERS, clips)):
         noise = rng.normal(0, 0.1, RATE).astype(np.float32)
@@ -107,7 +108,7 @@ def main(bench: Bench) -> None:
                 corpus=str(table), shards=shards, rows_per_shard=bench.rows_per_shard
             )
             prepare(config, progress=progress)
-            show("with its card")
+            show("card written")
         show(f"opened {open_corpora(locations).clips().num_rows}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"peak           {peak:17d} MB")

@@ -5,10 +5,12 @@
 - decode: files to samples, in one process;
 - features: files to the network's input, in one process;
 - predict: files to probabilities, in one process with one thread;
-- pass: `ser-ray predict DIR --output`, on a Ray cluster with `--cpus` CPUs.
+- pass: the batch pass of `ser-ray predict DIR --output`, on a Ray cluster with `--cpus` CPUs. The
+  model is loaded before the measurement begins.
 
 The rate of the pass counts the files after its first block, so the start of Ray and of its actors
-changes only the seconds to the first block. Files on a network and videos are not measured.
+changes only the seconds to the first block. The last column compares the rate of each row with the
+rate of decoding. DIR may be in a bucket, and videos in it are measured like all other files.
 """
 
 import tempfile
@@ -32,20 +34,21 @@ class Bench:
     """Options of the benchmark."""
 
     corpus: str
-    """Folder of the files."""
+    """Folder of the files. It must have more files than a block of the pass, which has 32."""
     model: str
     """Checkpoint, run id or registered name."""
     files: int = 0
     """Largest number of files; 0 means all files."""
     sample: int = 200
-    """Approximate number of files for the ways in one process."""
+    """Number of files for the rows of one process. If the folder has more files, up to twice as
+    many are measured."""
     cpus: int = 2
     """CPUs of the Ray cluster."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A measurement of one way."""
+    """The measurement for one row of the table."""
 
     files: int
     first: float
@@ -83,7 +86,7 @@ def batch_pass(files: list[str], predictor: Predictor, cpus: int) -> Timing:
 
 
 def main() -> None:
-    """Measure every way and print the table."""
+    """Measure every row of the table, and print the table."""
     bench = tyro.cli(Bench, description=__doc__)
     torch.set_num_threads(1)
     files = list_audio([bench.corpus]).files[: bench.files or None]

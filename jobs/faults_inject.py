@@ -1,4 +1,4 @@
-"""The faults of the faults benchmark (`bench_faults.py`)."""
+"""The faults that the benchmark `bench_faults.py` injects, and the functions that inject them."""
 
 import random
 import shutil
@@ -32,7 +32,7 @@ Storage = Literal["local", "s3", "small-disk"]
 
 @dataclass
 class Run:
-    """A driver that runs."""
+    """A running command into which a fault is injected."""
 
     bed: TestBed
     work: str
@@ -40,7 +40,7 @@ class Run:
     rng: random.Random
     driver: psutil.Popen
     second: tuple[psutil.Popen, Path] | None = None
-    """A second driver of the same command, with its messages."""
+    """A second driver of the same command, and the file with its messages."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Fault:
     text: str
     """Its text in the table of results."""
     inject: Callable[[Run], bool]
-    """Injects it. Returns False if the target had already ended."""
+    """Injects the fault. Returns False if its target had already ended."""
     storage: Storage = "local"
-    """The storage with which it is injected."""
+    """The `--storage` with which the fault is drawn, unless `--faults` names the fault."""
     is_ending: bool = False
     """Whether the driver must end soon after it."""
     clock: str = ""
@@ -60,10 +60,13 @@ class Fault:
     is_network: bool = False
     """Whether the nodes must have network namespaces."""
     needs_worker: bool = False
-    """Whether it waits for a worker, which ends before the driver."""
+    """Whether the function `inject` waits for a worker. Workers end before the driver."""
 
     def obstacle(self) -> str:
-        """Return why this machine cannot inject the fault; empty if it can."""
+        """Return why this machine cannot inject the fault; empty if no reason is known.
+
+        Whether this process may mount the small disk is not checked.
+        """
         if self.clock and shutil.which("cc") is None:
             return "it needs a C compiler: install gcc"
         if self.is_network and not can_make_networks():
@@ -72,7 +75,7 @@ class Fault:
 
 
 def can_make_networks() -> bool:
-    """Return whether this process may make network namespaces with cables."""
+    """Return whether this process may make network namespaces and connect them by veth pairs."""
     cable = ("left", "type", "veth", "peer", "name", "right")
     command = ["unshare", "--net", "ip", "link", "add", *cable]
     has_programs = all(map(shutil.which, ("unshare", "ip")))
@@ -118,7 +121,7 @@ def choose_worker(run: Run) -> psutil.Process | None:
 
 
 def kill_raylet(run: Run) -> bool:
-    """Kill a node."""
+    """Kill a raylet, and all other processes of its node."""
     run.bed.kill_node(run.rng.choice(run.bed.nodes))
     return True
 
@@ -141,7 +144,7 @@ def cut_network(run: Run, *, until_dead: bool) -> bool:
     """Cut the network of a node on which a worker runs.
 
     The network is back after PAUSE seconds or, with `until_dead`, PAUSE seconds after Ray declared
-    the node dead. The node must then end by itself.
+    the node dead. In the second case, the raylet must then end by itself.
 
     Raises:
         TimeoutError: Ray does not notice the loss of the node, or the node does not end.
@@ -182,7 +185,7 @@ def living_nodes() -> set[str]:
 
 
 def jump(run: Run) -> bool:
-    """Let the clock of the round jump by a minute or an hour."""
+    """Let the clock of the driver or of the nodes jump by a minute or an hour."""
     assert run.bed.clock is not None
     run.bed.clock.set_offset(run.rng.choice(JUMPS))
     return True
@@ -231,7 +234,7 @@ def fill_disk(run: Run) -> bool:
 
 
 def start_second_driver(run: Run) -> bool:
-    """Run the same command a second time."""
+    """Start the same command again while the first driver is running."""
     run.second = run.bed.start_driver(run.work, run.target, 100)
     return True
 

@@ -1,4 +1,4 @@
-"""The CPUs, GPUs and memory of the cluster, or of this machine if Ray is not used."""
+"""The CPUs and GPUs of the cluster, or of this machine without Ray, and this machine's memory."""
 
 import os
 import sys
@@ -11,14 +11,16 @@ from ser_ray.cluster.connect import is_connected, is_started_here
 from ser_ray.errors import ResourcesError
 
 AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # noqa: PTH111
-"""File that `ray up` writes on the head node. It lists the nodes that the autoscaler may add."""
+"""File on the head node that lists the types of nodes that the autoscaler may add. `ray up` writes
+it; on Kubernetes, `.kuberay/cluster.yaml` mounts it."""
 
 
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
     """Check that there are enough CPUs and GPUs for all workers.
 
     Without Ray, this machine must have them. With Ray, the cluster must have them, including the
-    nodes that its autoscaler may add.
+    nodes that its autoscaler may add. Only the sums over all nodes are compared, so a worker that
+    needs more than the largest node has is not noticed here.
 
     Args:
         workers: number of workers that run at the same time.
@@ -56,7 +58,7 @@ def trains_on_gpus(device: str) -> bool:
 
 
 def max_resources() -> dict[str, float]:
-    """Return the resources of the cluster, including all nodes that the autoscaler may add."""
+    """Return the sums of the resources of all `max_nodes`."""
     total: Counter[str] = Counter()
     for node in max_nodes():
         total.update(node)

@@ -2,6 +2,8 @@
 
 `prepare` and `predict` use the same rules, so they find the same recordings in a folder. The suffix
 of a file decides. If other kinds of files have this suffix too, the first bytes of the file decide.
+A file that is given by its path may have any suffix, and so may files that match a pattern with
+this suffix, such as `*.dat`.
 """
 
 import os
@@ -31,9 +33,11 @@ AUDIO_SUFFIXES = frozenset(
 )  # fmt: skip
 """Suffixes of the audio and video files that phones, recorders, cameras and editors write."""
 SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
-"""Suffixes that other files, such as TypeScript, have too. The first bytes of the file decide."""
+"""Suffixes of recordings and of other files, as `.ts` is also the suffix of TypeScript. The first
+bytes of the file decide."""
 _FIRST_BYTES = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
-_PACKETS = ((0, 188), (4, 192))  # offset and length of the packets of MPEG transport streams
+_PACKETS = ((0, 188), (4, 192))
+"""MPEG transport streams: offset of the byte "G" in each packet, and length of a packet."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class AudioFiles:
     """The recordings in the files, folders and patterns that a user gave."""
 
     files: list[str] = field(default_factory=list)
-    """Paths or URIs, without repetition."""
+    """Paths or URIs, each once. A file that is given in two spellings, such as `a.wav` and
+    `./a.wav`, is listed twice."""
     problems: dict[str, str] = field(default_factory=dict)
     """{path: reason} of the files that cannot be opened."""
     left_out: Counter[str] = field(default_factory=Counter)
@@ -70,7 +75,7 @@ def is_recording(file: ListedFile) -> bool:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """Count the files that were left out, by suffix; return an empty string if there are none."""
+    """Describe how many files were left out, by suffix; return an empty string for no files."""
     if not left_out:
         return ""
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0] or "~"))
@@ -86,10 +91,12 @@ def list_audio(sources: Sequence[str]) -> AudioFiles:
 
     Args:
         sources: files with any suffix, folders, or patterns. In a pattern, `*`, `?` and `[...]`
-            match within a name, and `**` matches any number of folders.
+            match within a name, and `**` matches any number of names, also that of the file.
 
     Raises:
-        CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
+        CorpusError: no source is given, or a source does not exist, cannot be listed, or holds no
+            audio or video file.
+        ConfigError: as `filesystem_of`.
     """
     if not sources or "" in sources:  # an empty name would be the current folder
         raise CorpusError("no files given: give files, folders or patterns")
@@ -136,7 +143,7 @@ def _add_matching(found: AudioFiles, source: str, folder: str, pattern: Sequence
 
     If the pattern itself has a suffix, such as `*.dat`, all files that match are added, except
     files with one of `SHARED_SUFFIXES` that are not recordings. The items of the pattern are the
-    names between its slashes; the item `**` matches any number of folders.
+    names between its slashes; the item `**` matches any number of names.
     """
     has_suffix = re.search(r"\.\w", pattern[-1]) is not None
     added, left_out = [], Counter[str]()
@@ -152,9 +159,10 @@ def _add_matching(found: AudioFiles, source: str, folder: str, pattern: Sequence
             left_out[suffix] += 1
     if not added:
         raise CorpusError(
-            f"{source}: no audio or video file ({describe_left_out(left_out) or 'nothing is there'}"
-            "); `**` matches folders at any depth, and a file with another suffix must be given by "
-            "its path"
+            f"{source}: no audio or video file "
+            f"({describe_left_out(left_out) or 'nothing was found'}); `**` matches folders at any "
+            "depth. Give a file with another suffix by its path, or by a pattern with this suffix, "
+            "such as '*.dat'"
         )
     found.files.extend(sorted(added))
     found.left_out.update(left_out)

@@ -1,12 +1,12 @@
 """Splits clips into the train, validation and test part of a fold.
 
-`split` gets a table of clips and returns the row numbers of each part. Rows with the same take (the
-wav and mp4s of a performance), file or decoded sound are never in different parts. The clips of a
-speaker are never in different parts either, except in `random`, and in `cross-corpus` if corpora
-share the speaker. Models are selected by their scores on the validation part. The test part is used
-once.
+`split` gets a table of clips and returns the row numbers of each part. Rows are never in different
+parts if they have the same take, file or decoded sound. (The wav and the mp4s of a performance have
+the same take.) The clips of a speaker are never in different parts either, except in `random`, and
+in `cross-corpus` if corpora share the speaker. Models are selected by their scores on the
+validation part. Only the selected model is scored on the test part.
 
-The part of a clip depends only on the arguments, and not on the order of the rows.
+The part of a clip does not depend on the order of the rows.
 """
 
 import itertools
@@ -54,7 +54,7 @@ class Split:
     validation: IntArray
     """[num_validation]. Its scores select recipes, trials and, with `keep="best"`, epochs."""
     test: IntArray
-    """[num_test]. The test part is used once."""
+    """[num_test]. Only the selected model is scored on it."""
     left_out: IntArray
     """Rows in no part. Either another row of their group is in the validation or test part, or
     their value in the column `split` is null and the protocol is `table`."""
@@ -66,7 +66,10 @@ class Split:
 
     @property
     def speaker_dependent(self) -> bool:
-        """Whether a test speaker is in another part too; then the scores are too high."""
+        """Whether a test speaker is in another part too. The scores are then too high.
+
+        It is always true for the protocol `random`.
+        """
         shared = {*self.train_speakers, *self.validation_speakers} & {*self.test_speakers}
         return self.protocol == "random" or bool(shared)
 
@@ -96,8 +99,9 @@ def split(
             part, ignore this number.
 
     Raises:
-        ConfigError: the protocol is unknown or does not fit the clips, the fold is out of range, or
-            a part is empty.
+        ConfigError: there are no clips, the protocol is unknown or does not fit the clips, the fold
+            is out of range, `validation_speakers` leaves no speaker to train on, or a part is empty
+            (the protocol `all` may have empty parts).
     """
     if not len(clips):
         raise ConfigError("the shards have no clips; `ser-ray prepare` says why, if run again")
@@ -153,7 +157,11 @@ def _parts_by_speaker(
     tested_corpus: str,
     num_validation: int,
 ) -> IntArray:
-    """Return the part of each row [num_rows], which is usually the part of the row's speaker.
+    """Return the part of each row [num_rows].
+
+    All rows of a speaker are in the same part, with two exceptions: `cross-corpus` tests all rows
+    of a corpus, also of speakers that other corpora share, and `table` leaves out rows without a
+    part.
 
     Args:
         protocol: any protocol except `random` and `all`.
@@ -182,10 +190,11 @@ def _parts_by_speaker(
 
 
 def one_clip_per_take(clips: "pa.Table") -> IntArray:
-    """Select the clips to train on and to score: one for each RAVDESS take, and all of a table.
+    """Select the clips to train on and to score: one for each RAVDESS take, and each of a table.
 
     The wav and the mp4 of a RAVDESS take are the same recording. The wav is selected if there is
-    one. Clips of a table have no `channel`. Only the first window of a clip is selected.
+    one. Clips of a table are recognised by their `channel`, which is null. Only the first window of
+    a clip is selected.
 
     Args:
         clips: the string columns `path`, `take`, `modality` and `channel`, and the number `window`.
@@ -228,12 +237,14 @@ def _choose_validation(
     """Choose the validation speakers of the last fold in `folds`.
 
     The strata contribute as equally as possible. Over the folds, all speakers are chosen equally
-    often, as far as possible. The default is one twelfth of all speakers, or two speakers if that
-    is more. The default is at most a third of the speakers outside the test part, but at least one.
+    often, as far as possible. The default is one twelfth of all speakers, but at least two. If
+    this is more than a third of the speakers outside the test part, the default is that third, but
+    at least one.
 
     Args:
         folds: the test speakers of every fold up to this one.
-        strata: the stratum of every speaker.
+        strata: the stratum of every speaker; in `cross-corpus`, only of speakers of the other
+            corpora; in `table`, only of speakers with a part.
         count: number of validation speakers; 0 means the default.
 
     Raises:

@@ -65,11 +65,11 @@ class PrepareSummary:
     notes: tuple[str, ...]
     """Lines about changes since an earlier run (`describe_changes`)."""
     files_done: int
-    """Number of files in the shards that this run wrote."""
+    """Number of files, or segments of files, in the shards that this run wrote."""
     seconds: float
     """Duration of this run."""
     num_files: int | None
-    """Number of files if some clips are segments of files; else None."""
+    """Number of different files if some rows are segments of files; otherwise None."""
     contents: str
     """The number of clips by label and the number of speakers, as text."""
     warnings: tuple[str, ...]
@@ -110,15 +110,18 @@ def prepare(
             bar or log lines, are printed on standard error.
 
     Raises:
-        CorpusError: no corpus is found, the folder or all files of a table are missing, or no file
-            becomes a clip.
+        CorpusError: no corpus is found, all files of a table are missing, the folder of one of them
+            is missing, or no file becomes a clip.
         ConfigError: an encoder or a column is unknown, the sample rate is not that of the encoders,
             or no filesystem can open a location.
         ShardsError: another run writes to the folder, the folder holds another corpus or other
-            files, a shard or a recording cannot be read, or a shard could not be written.
+            files, a shard or a recording cannot be read, a shard could not be written, or a job
+            failed.
+        LockLostError: another process has taken over the shard set.
         EncoderError: the weights of an encoder cannot be loaded, or differ from those in the shard
             set.
-        ResourcesError: no cluster answers, or a node cannot open the corpus or the shards.
+        ResourcesError: no cluster answers, a node cannot open the corpus or the shards, or Ray
+            deletes one of them after the job.
     """
     started = time.monotonic()
     for location in (config.corpus, config.shards):
@@ -163,7 +166,7 @@ def prepare(
     if card.num_rows > (num_ok := card.counts[layout.OK]):
         warnings.append(
             f"{num_ok} clips have {card.num_rows} rows in the shards, because a clip with more "
-            f"than {card.features.max_seconds:g} s of sound is cut into windows, but counts once"
+            f"than {card.features.max_seconds:g} s of sound has one row for each of its windows"
         )
     is_segmented = pc.any(pc.is_valid(outcomes["start"])).as_py()
     return PrepareSummary(
@@ -184,6 +187,8 @@ def _complete(
 
     Raises:
         ShardsError: a shard could not be written, or the job failed.
+        LockLostError: another process has taken over the shard set.
+        ResourcesError: a node cannot open the corpus or the shards.
     """
     filesystem, folder = filesystem_of(config.shards)
     if plan.pending:
@@ -216,11 +221,13 @@ def _complete(
 
 
 def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
-    """List the missing files of a table in missing.csv, and return a line about them, if any.
+    """List the missing files of a table in missing.csv, and return a line about them.
+
+    If no file is missing, missing.csv is deleted, and the result is empty.
 
     Raises:
-        CorpusError: no file of the table exists, or the folder of a file does not exist, perhaps
-            because a disk is not mounted.
+        CorpusError: no file of the table exists, the folder of a file does not exist, perhaps
+            because a disk is not mounted, or a path is a Windows path, which does not exist here.
     """
     is_missing = pc.is_in(manifest["reason"], value_set=pa.array(MISSING_FILES))
     rows = manifest.filter(is_missing).select(["path", "reason"])

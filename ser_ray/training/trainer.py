@@ -58,7 +58,7 @@ class Trainer:
         data: the clips of the fold.
         pretrained: initial weights that fit the network.
         device: where the network is trained.
-        world: the workers.
+        world: the rank of this worker, and the number of workers.
     """
 
     def __init__(
@@ -83,9 +83,10 @@ class Trainer:
         self.optimiser = build_optimiser(self.network, recipe)
         self.schedule = one_cycle(self.optimiser, recipe, self.total_steps)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
-        """Loss of each step of the epoch. Until `reduce_counts`, only this worker's share."""
+        """Loss of each step of the epoch. A worker stores its share, and `reduce_counts` sums the
+        shares."""
         self.num_correct = torch.zeros((), device=device)
-        """Correct predictions in this epoch. Until `reduce_counts`, only this worker's share."""
+        """Number of correct predictions in this epoch, counted and summed like the losses."""
         self.validation_probabilities = torch.zeros(0, num_labels, dtype=torch.float64)
         """Probabilities of the last validation [clips, labels]; empty before the first."""
         self.progress = Progress()
@@ -156,9 +157,10 @@ class Trainer:
         self.training_seconds = time.perf_counter() - self.began
 
     def validate(self) -> Scores | None:
-        """Score the validation clips; return None if there are none.
+        """Average the batch-norm statistics, and score the validation clips.
 
-        Each worker predicts its share of the clips. All workers get the same scores.
+        Return None if there are no validation clips. Each worker predicts its share of the clips.
+        All workers get the same scores.
         """
         self.average_batch_norm()
         clips, num_labels = self.data.validation, len(self.data.labels)
@@ -242,8 +244,9 @@ class Trainer:
         num_steps = len(progress.learning_rates)
         if num_steps != progress.epoch * self.steps_per_epoch + progress.step:
             raise MismatchError(
-                f"the checkpoint has {num_steps} steps in {progress.epoch} epochs, but an epoch "
-                f"has {self.steps_per_epoch} steps here: give another --name to start afresh"
+                f"the checkpoint has {num_steps} steps: {progress.epoch} complete epochs and "
+                f"{progress.step} steps of the next one. Here, an epoch has "
+                f"{self.steps_per_epoch} steps: give another --name to start afresh"
             )
         try:
             self.network.load_state_dict(snapshot.weights)
@@ -304,7 +307,8 @@ def _copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _data_parallel(network: nn.Module) -> nn.Module:
-    # Instead of sending the batch-norm statistics in every step, average them once per epoch.
+    # The batch-norm statistics are not sent in every step. `average_batch_norm` averages them at
+    # the end of each epoch, and before a checkpoint in mid-epoch.
     return nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False, gradient_as_bucket_view=True
     )

@@ -2,7 +2,8 @@
 
 RAVDESS has 7,356 files: each of 24 actors speaks 60 and sings 44 performances, except actor 18, who
 does not sing. Each performance is an audio-video mp4, a video-only mp4 and a wav. Few users need
-all of them, so missing files are named only if other files of their modality and channel exist.
+all of them, so missing files are described only if other files of their modality and channel exist.
+For an actor without any such file, only the actor is named.
 """
 
 import itertools
@@ -26,7 +27,7 @@ def expected_ravdess() -> tuple[ClipName, ...]:
     for values in itertools.product(*VALUES.values()):
         try:
             clip = ClipName(*values)
-        except NameProblem:  # neutral and strong; disgust and surprised in song
+        except NameProblem:  # RAVDESS has no strong neutral, and no song of disgust or surprise
             continue
         if (clip.channel, clip.speaker) != ("song", "18"):
             clips.append(clip)
@@ -34,7 +35,11 @@ def expected_ravdess() -> tuple[ClipName, ...]:
 
 
 def compare_with_ravdess(rows: pa.Table) -> str:
-    """Compare the files of a manifest, or of outcomes, with those of RAVDESS, by their names.
+    """Compare the files in a manifest, or in the outcomes of a shard set, with those of RAVDESS.
+
+    Args:
+        rows: the column `path` and the fields of `ClipName`, which are null if the file has another
+            name. Such a file is unexpected.
 
     Returns:
         Text: how many files of RAVDESS are listed, a line for each modality and channel, then the
@@ -58,7 +63,7 @@ def compare_with_ravdess(rows: pa.Table) -> str:
 
 
 def _describe(expected: list[ClipName], listed: Container[ClipName]) -> str:
-    """Describe which of the expected files, all of one modality and channel, are listed."""
+    """Describe which expected files of a modality and channel are listed, and which are missing."""
     missing = [clip for clip in expected if clip not in listed]
     if not missing:
         return f"all {len(expected)}"

@@ -27,7 +27,8 @@ ACTORS = tuple(map(int, SPEAKERS))
 # Unpacked bytes per byte of an archive, with a margin: 208 MB of speech become 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
 _MAX_GROWTH = 10
-"""An archive whose files have more than this many times its bytes is refused as a zip bomb."""
+"""An archive is refused as a zip bomb if its files have more than this many times as many bytes as
+the archive itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class DownloadConfig:
         if not self.archive_names:
             raise ConfigError(
                 f"parts is {self.parts} and actors is {self.actors}: no archive matches both; give "
-                "at least one part and one actor; actor 18 has no song"
+                "at least one part and, for videos, one actor; actor 18 has no song"
             )
 
     @property
@@ -89,10 +90,11 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
         The complete folders of the requested archives.
 
     Raises:
-        CorpusError: the record cannot be read or does not list an archive, an archive cannot be
-            downloaded or unpacked or has the wrong checksum, the target cannot be written or its
-            disk is too small, the folder of an archive was not made by `unpack`, or another process
-            downloads into the target. Downloaded bytes are kept unless their checksum is wrong.
+        CorpusError: the record cannot be read, or does not list an archive. An archive cannot be
+            downloaded or unpacked, or has the wrong checksum. The target cannot be written, its
+            disk is too small, or another process downloads into it. The folder of an archive
+            exists, but was not made by `unpack`. Downloaded bytes are kept unless their checksum is
+            wrong.
     """
     from ser_ray.corpus.ravdess import fetch
     from ser_ray.corpus.ravdess.unpack import is_unpacked, unpack
@@ -133,7 +135,10 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
 
 def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bool) -> None:
-    """Raise a CorpusError unless the disk has room for the unpacked files and for the archives."""
+    """Raise a CorpusError unless the disk has room for the unpacked files and for the archives.
+
+    If the archives are not kept, only one of them is on the disk at a time.
+    """
     sizes = [archive.size for archive in archives]
     unpacked = sum(archive.size * _GROWTH[archive.name[:5]] for archive in archives)
     files = itertools.chain(*(target.glob(f"{archive.name}*") for archive in archives))

@@ -32,7 +32,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "repetition": (1, 2),
     "actor": SPEAKERS,
 }
-"""{code: its values}, in the order of the codes in a file name. Code 01 is the first value."""
+"""{field: its values}, in the order of the fields in a file name. 01 is the code of the first
+value of a field."""
 _NAME = re.compile("-".join([r"(\d\d)"] * len(VALUES)), re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
 
