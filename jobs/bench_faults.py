@@ -338,6 +338,9 @@ def choose_faults(bench: Bench) -> list[str]:
     wanted = bench.faults or [name for name in FAULTS if FAULTS[name].storage == bench.storage]
     if unknown := set(wanted) - set(FAULTS):
         sys.exit(f"--faults: {', '.join(unknown)}: choose from {', '.join(FAULTS)}")
+    for name in wanted:
+        if FAULTS[name].storage not in ("local", bench.storage):
+            sys.exit(f"--faults: {name} needs --storage {FAULTS[name].storage}")
     obstacles = {name: FAULTS[name].obstacle() for name in wanted}
     for name, obstacle in obstacles.items():
         if obstacle:

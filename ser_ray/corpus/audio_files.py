@@ -19,7 +19,7 @@ from pyarrow import fs
 
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import ListedFile, find_local, list_files
-from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of
+from ser_ray.storage.paths import NOT_UTF8, absolute, as_utf8, filesystem_of
 
 AUDIO_SUFFIXES = frozenset(
     (
@@ -109,7 +109,10 @@ def list_audio(sources: Sequence[str]) -> AudioFiles:
             raise CorpusError(
                 f"{as_utf8(source)}: cannot be listed ({reason}); check its name and your access"
             ) from error
-    found.files[:] = dict.fromkeys(found.files)
+    by_path: dict[str, str] = {}
+    for file in found.files:
+        by_path.setdefault(absolute(file), file)
+    found.files[:] = by_path.values()
     return found
 
 

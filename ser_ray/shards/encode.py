@@ -117,8 +117,8 @@ def add_encoders(
         The new card of the shard set, and a warning for each column that lacks clips.
 
     Raises:
-        ShardsError: a recording cannot be read or has changed, another run took over the lock, or
-            the job failed.
+        ShardsError: a recording cannot be read or has changed, or the job failed.
+        LockLostError: another process has taken over the shard set.
         EncoderError: a stored file of weights has no valid card, or an encoder cannot be built.
         ResourcesError: no cluster answers, or a node cannot open the recordings or the shards.
     """

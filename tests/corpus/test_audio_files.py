@@ -31,6 +31,11 @@ def test_folders_patterns_and_names_list_their_files(tmp_path):
     assert len(twice) == 1
 
 
+def test_a_file_that_is_given_in_several_spellings_is_listed_once(in_tmp):
+    (in_tmp / "a.wav").touch()
+    assert list_audio(["a.wav", ".", "./a.wav", str(in_tmp / "a.wav")]).files == ["a.wav"]
+
+
 def test_a_pattern_may_be_a_uri():
     import fsspec
 

@@ -35,6 +35,18 @@ def test_a_preparation_survives_what_is_thrown_at_it(tmp_path: Path) -> None:
     assert any(entry["injected"] for entry in rounds)
 
 
+def test_the_disk_of_this_machine_is_never_filled(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "faults", "--faults", "full disk"]
+    done = subprocess.run(
+        [*command, "--log", str(tmp_path / "log"), "--rounds", "0"],
+        env=os.environ | {"PYTHONPATH": str(BENCH.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "--faults: full disk needs --storage small-disk"
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_only_the_system_clock_of_a_process_and_its_children_jumps(tmp_path: Path) -> None:
     library, offset = tmp_path / "clock.so", tmp_path / "offset"
