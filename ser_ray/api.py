@@ -478,6 +478,7 @@ def evaluate(
             uri = store_of_run(tracking_uri, recorded, run_id)
             evaluation = replace(evaluation, origin={**evaluation.origin, "tracking_uri": uri})
             record_evaluation(evaluation, audio=audio)
+            evaluation = replace(evaluation, is_recorded=True)
         except TrackingError as error:
             logger.warning("the scores are not recorded in the training's MLflow run: %s", error)
     if not (evaluation.report and stored_page(evaluation.report)):

@@ -102,6 +102,8 @@ class Evaluate(ModelVerb, TableConfig):
 
     def run(self) -> VerbResult:
         """Prepare `corpus` if it is given, score the model, and compare it with `against`."""
+        from ser_ray.tracking.views import run_links
+
         data_source = self.corpus or " ".join(self.shards) or "its own shards"
         say("model", f"scoring {self.model} on {data_source}")
         if self.corpus:
@@ -124,6 +126,9 @@ class Evaluate(ModelVerb, TableConfig):
             text += f"\nagainst {self.against}: {comparison}"
         command = next_command("predict", "FILE", model=self.model, tracking_uri=self.tracking_uri)
         next_step = f"report       {evaluation.report}\nuse it       {command}"
+        if evaluation.is_recorded and (uri := evaluation.origin["tracking_uri"]).startswith("http"):
+            run_id = evaluation.origin["run_id"]
+            next_step = f"MLflow run   {run_id}: {run_links(uri, run_id).run}\n{next_step}"
         return VerbResult(data, text, next_step)
 
     def _score(self, model: str, under: tuple[Condition, ...]) -> "api.Evaluation":

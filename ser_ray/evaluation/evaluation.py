@@ -67,6 +67,8 @@ class Evaluation:
     """Locations of the shard sets that were scored; empty if several folds are pooled."""
     report: str = ""
     """Location of the page that shows these scores; empty if there is none."""
+    is_recorded: bool = False
+    """Whether the scores are in the MLflow run of `origin`."""
     under: tuple[Row, ...] = ()
     """Scores of the same clips under simulated recording conditions, as `robustness.score_under`
     returns them; empty if no condition was requested."""

@@ -15,15 +15,19 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import ser_ray
 from ser_ray.cli.main import main
+from ser_ray.cli.model import Evaluate
 from ser_ray.corpus.words import CorpusKind
-from ser_ray.errors import CheckpointError, ConfigError, CorpusError, ShardsError
+from ser_ray.errors import CheckpointError, ConfigError, CorpusError, ShardsError, TrackingError
 from ser_ray.evaluation import robustness, to_mlflow
 from ser_ray.evaluation.evaluate import _seen_speakers, compare, evaluate, origin_of, shards_of
+from ser_ray.evaluation.evaluation import Evaluation
 from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.sections import read_clips
 from ser_ray.evaluation.to_mlflow import record_evaluation, record_training
 from ser_ray.shards.card import UsedCorpus
+from ser_ray.tracking import views
 from ser_ray.tracking.tracker import Tracker
+from ser_ray.tracking.views import RunLinks
 from ser_ray.training.data import Normalisation
 from ser_ray.training.parts import describe_split, select_rows
 from ser_ray.training.recipe import TrainConfig
@@ -353,6 +357,25 @@ def test_the_report_of_an_evaluation_is_a_page_that_exists(shards, checkpoint, i
     assert gone.report != other.report
     for evaluation in (gone, found, other):
         assert evaluation.to_dict()["report"] == evaluation.report
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_with_a_server_the_verb_links_to_the_run_that_has_the_scores(
+    shards, checkpoint, in_tmp, monkeypatch, answers
+):
+    origin = {"run_id": "0123", "tracking_uri": "http://server:5000", "report": ""}
+    (checkpoint / "run.json").write_text(json.dumps(origin))
+
+    def record(evaluation: Evaluation, *, audio: bool) -> None:
+        if not answers:
+            raise TrackingError("http://server:5000 does not answer")
+
+    monkeypatch.setattr(to_mlflow, "record_evaluation", record)
+    links = RunLinks("http://server:5000/#/experiments/1/runs/0123", "", "")
+    monkeypatch.setattr(views, "run_links", lambda uri, run_id: links)
+    last = Evaluate(model=str(checkpoint), shards=("here",)).run().next_step
+    assert (f"MLflow run   0123: {links.run}" in last.splitlines()) == answers
+    assert "report       ser-ray-out/evaluations/" in last
 
 
 def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
