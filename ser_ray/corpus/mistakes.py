@@ -20,6 +20,7 @@ RARE_RATIO = 4
 MIN_LENGTH = 4
 """A label with fewer letters is never suggested for a misspelt one. Short labels, like "sad" and
 "mad", are often similar and both right."""
+SAME_PERSON = "may be the same person"
 LINES_SHOWN = 3
 LABELS_SHOWN = 20
 _ACTOR_FOLDER = re.compile(r"actor[ _-]?0*(\d+)", re.IGNORECASE)
@@ -64,7 +65,8 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
     speakers = Counter(clips["speaker"].to_pylist())
     lines += _similar("labels", labels, _plain, "differ only in case, blanks or punctuation")
     lines += _misspellings(labels)
-    return lines + _similar("speakers", speakers, _speaker_key, "may be the same person")
+    lines += _similar("speakers", speakers, _speaker_key, SAME_PERSON)
+    return lines + _similar("speakers", _few_numbers(speakers), _number_of, SAME_PERSON)
 
 
 def _first_lines(lines: list[str], what: str) -> list[str]:
@@ -154,6 +156,23 @@ def _speaker_key(name: str) -> str:
     """Return the plain name, without leading zeros in its numbers."""
     whole = re.sub(r"^(\d+)\.0$", r"\1", name.strip())  # an integer that was stored as a float
     return re.sub(r"(?<!\d)0+(?=\d)", "", _plain(whole))
+
+
+def _number_of(name: str) -> str:
+    """Return the plain name of a speaker without the letters before its number."""
+    return re.sub(r"^\D+(?=\d+$)", "", _speaker_key(name))
+
+
+def _few_numbers(speakers: Counter[str]) -> Counter[str]:
+    """Return the few speakers whose names are only a number, and those with letters before it.
+
+    Of several names with the same key, only one is returned.
+    """
+    names = {_speaker_key(name): name for name in speakers}
+    numbers = set(filter(str.isdecimal, names))
+    if len(numbers) * RARE_RATIO > len(names):
+        return Counter()  # plain numbers are usual names in this corpus
+    return Counter({n: speakers[n] for n in names.values() if _number_of(n) in numbers})
 
 
 def _clips(count: int) -> str:

@@ -79,6 +79,11 @@ def test_labels_are_counted_and_speakers_too() -> None:
         ({"fear": 9, "feer": 1}, None, "the label 'feer' (1 clip) is one letter from 'fear'"),
         ({"x": 4, "y": 4}, ["1", "01"], "the speakers '01' (4 clips) and '1' (4 clips) may be"),
         ({"x": 4, "y": 4}, ["1.0", "1"], "the speakers '1' (4 clips) and '1.0' (4 clips) may"),
+        (
+            {"x": 4, "y": 4},
+            ["0", "s00", "s01", "s02"],
+            "the speakers '0' (2 clips) and 's00' (2 clips) may be the same person",
+        ),
         ({"x": 4, "y": 4}, ["Anna", "anna"], "the speakers 'Anna' (4 clips) and 'anna'"),
         ({"x": 4}, None, "all clips have the label 'x': nothing can be trained"),
     ],
@@ -96,6 +101,7 @@ def test_a_likely_mistake_is_pointed_out(
         ({"sad": 90, "mad": 1, "happy": 9, "unhappy": 1}, ["01", "02", "10", "100"]),
         ({"angry": 5, "angra": 4}, ["s1", "t1"]),
         ({"level 1": 90, "level 2": 1}, ["anna 1", "anna 11"]),
+        ({"x": 4, "y": 4}, ["1", "2", "m1", "f1"]),
     ],
 )
 def test_intended_differences_are_not_reported(labels: dict[str, int], speakers: list[str]) -> None:
