@@ -1,6 +1,7 @@
 """What MLflow shows of a run besides its numbers."""
 
 import json
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -64,11 +65,15 @@ def test_a_clip_that_is_cut_into_windows_counts_once(tmp_path: Path) -> None:
         assert profile["num_clips"] == num_clips
 
 
-def test_tags_say_what_a_run_is(memory_shards: MemoryShards) -> None:
+def test_tags_say_what_a_run_is(
+    memory_shards: MemoryShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/ser-ray", "train"])  # of a process of xdist: ["-c"]
     tags = run_tags("fold", "loso fold 1", cast(ShardSet, memory_shards))
     shown = {name for name in tags if not name.startswith("mlflow.")}
     assert shown == {"kind", "protocol", "corpus", "shards.fingerprint", "command"}
     assert (tags["kind"], tags["protocol"]) == ("fold", "loso fold 1")
+    assert tags["command"] == "ser-ray train"
 
 
 @pytest.mark.parametrize(
