@@ -469,7 +469,7 @@ def evaluate(
             from ser_ray.evaluation.robustness import predict_conditions, score_under
             from ser_ray.inference.predictor import Predictor
 
-            with cluster(address):
+            with cluster(address, has_actor_pool=True):
                 predicted = predict_conditions(evaluation, Predictor(checkpoint), under)
             evaluation = replace(evaluation, under=score_under(evaluation, predicted))
     if evaluation.origin and evaluation.is_own_test:

@@ -125,6 +125,7 @@ def crossval(
         # An earlier call may have trained folds or seeds that are not in this plan.
         show=lambda trials: show([trial for trial in trials if trial.values in plan.points]),
         address=address,
+        has_actor_pool=bool(config.under),
     ) as study:
         # If an earlier call with fewer folds was interrupted, the first pass completes only these
         # folds.

@@ -31,6 +31,7 @@ def open_study(
     varied_fields: Set[str],
     show: Show,
     address: str = "",
+    has_actor_pool: bool = False,
 ) -> Iterator[Study]:
     """Yield a new or resumed study.
 
@@ -47,7 +48,7 @@ def open_study(
         varied_fields: fields of the recipe that differ between trials. They are left out of the
             parameters of the study's MLflow run.
         show: shows the trials.
-        address: Ray cluster to join (`ser_ray.cluster.connect.cluster`).
+        address, has_actor_pool: as `ser_ray.cluster.connect.cluster`.
 
     Raises:
         CheckpointError: the folder is in use, cannot be written, belongs to another study, or has a
@@ -58,7 +59,7 @@ def open_study(
     """
     require_server(run.tracking_uri)
     recipe, shards = setup.recipe, setup.shards
-    with cluster(address), folder.lock():
+    with cluster(address, has_actor_pool=has_actor_pool), folder.lock():
         require_shared(*shards.locations, folder.location)
         slots = find_slots(run, slot_config)
         identity = {
