@@ -34,7 +34,10 @@ LOCK_NAME = "lock.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 POLL_SECONDS = 1.0
-"""Seconds between two reads of a lock that another process may hold."""
+"""Seconds between two reads of a lock that another process may hold, or between two attempts to
+release a lock."""
+RELEASE_SECONDS = 15.0
+"""Longest time in which the release of a lock in a bucket is tried again."""
 SETTLE_SECONDS = 1.0
 """Seconds from writing a claim to reading it back. Other processes that also found no lock are
 expected to write their claims within this time."""
@@ -100,22 +103,33 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         """Release the lock, unless another process took it over.
 
-        If the file cannot be deleted, the method only logs a warning, because an exception here
-        would hide the exception of the block.
+        If a bucket does not answer, the method tries again for RELEASE_SECONDS. If the file cannot
+        be deleted, it only logs a warning, because an exception here would hide the exception of
+        the block.
         """
         self._is_released.set()
         self._thread.join()
+        end = time.monotonic() + (RELEASE_SECONDS if "://" in self._location else 0)
+        while problem := self._delete():
+            if time.monotonic() >= end:
+                logger.warning(
+                    "%s: cannot be removed (%s); once this process has ended, another process can "
+                    "take the lock over within %.0f seconds",
+                    self._location,
+                    problem,
+                    STALE_SECONDS,
+                )
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _delete(self) -> OSError | None:
+        """Delete the file if it is still ours, and return the error that prevented this."""
         try:
             if self._is_ours():
                 self._filesystem.delete_file(self._path)
         except OSError as error:
-            logger.warning(
-                "%s: cannot be removed (%s); once this process has ended, another process can take "
-                "the lock over within %.0f seconds",
-                self._location,
-                error,
-                STALE_SECONDS,
-            )
+            return error
+        return None
 
     def require_held(self) -> None:
         """Raise LockLostError if this process lost the lock.

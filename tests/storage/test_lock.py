@@ -272,6 +272,23 @@ def test_a_read_only_folder_is_one_error() -> None:
         lock_of("/sys").__enter__()
 
 
+def test_a_bucket_that_is_away_for_a_moment_keeps_no_lock(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ser_ray.storage.lock.POLL_SECONDS", 0.01)
+    with lock_of("memory://away-for-a-moment") as held:
+        is_ours, failures = held._is_ours, [OSError("503"), OSError("503")]
+
+        def away_at_first() -> bool:
+            if failures:
+                raise failures.pop()
+            return is_ours()
+
+        monkeypatch.setattr(held, "_is_ours", away_at_first)
+    assert held._read() is None
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("is_failing", [True, False])
 def test_a_failed_release_is_a_warning_and_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_failing
