@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import toeplitz
 from torch import Tensor
 from torch.distributions import Gamma
 from torchaudio.functional import create_dct
@@ -111,7 +110,9 @@ class Acoustics:
 
         num_bins = features.num_bins("spectrogram")
         weights = np.eye(num_bins) if kind == "spectrogram" else mel_bands(features)
-        correlation = toeplitz(np.pad(HANN_CORRELATION, (0, num_bins - len(HANN_CORRELATION))))
+        by_distance = np.pad(HANN_CORRELATION, (0, num_bins - len(HANN_CORRELATION)))
+        bins = np.arange(num_bins)
+        correlation = by_distance[np.abs(np.subtract.outer(bins, bins))]
         # Variance of the power of white noise, relative to one bin of the Fourier transform.
         variances = np.einsum("bk,kl,bl->b", weights, correlation, weights)
         self.config, self.device = config, device
