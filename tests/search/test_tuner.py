@@ -548,7 +548,7 @@ def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monk
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []
     monkeypatch.setattr(mlflow_run, "require_kept", kept.append)
-    monkeypatch.setattr(open_study_module, "cluster", nullcontext)
+    monkeypatch.setattr(open_study_module, "cluster", lambda address, **_: nullcontext())
     run = run_config(tmp_path)
 
     def start(recipe: TrainConfig) -> str:
