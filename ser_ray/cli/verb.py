@@ -33,8 +33,8 @@ class Common:
     json: bool = False
     """Print the result as JSON on standard output. Progress is still printed on standard error."""
     dry_run: bool = False
-    """Print the resolved configuration, and where a training would run, but do not run anything.
-    Warn if the shards of a training cannot be opened."""
+    """Print the resolved configuration, where a training would run, and a warning if its shards
+    cannot be opened, but do not run anything."""
 
 
 @dataclass(frozen=True, kw_only=True)

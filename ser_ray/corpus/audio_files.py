@@ -37,7 +37,8 @@ SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
 bytes of the file decide."""
 _FIRST_BYTES = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
 _PACKETS = ((0, 188), (4, 192))
-"""MPEG transport streams: offset of the byte "G" in each packet, and length of a packet."""
+"""The two kinds of packets of MPEG transport streams: the position of the byte "G" in a packet, and
+the number of bytes in a packet."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class AudioFiles:
     """The recordings in the files, folders and patterns that a user gave."""
 
     files: list[str] = field(default_factory=list)
-    """Paths or URIs, each once. A file that is given in two spellings, such as `a.wav` and
-    `./a.wav`, is listed twice."""
+    """Paths or URIs. A file that is given in several spellings, such as `a.wav` and `./a.wav`, is
+    listed once, in the first of them."""
     problems: dict[str, str] = field(default_factory=dict)
     """{path: reason} of the files that cannot be opened."""
     left_out: Counter[str] = field(default_factory=Counter)

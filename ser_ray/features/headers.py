@@ -59,13 +59,15 @@ EBML, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 FRAME_COUNTS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
 """Tables that the first frame of an mp3 may have: {name: position of the number of frames}."""
 READ_AHEAD = 1 << 18
-"""Number of bytes per request for large files. It is small, because the first request may already
-show that a video has no sound."""
+"""Number of bytes that are read at once from a large file. It is small, because the first bytes may
+already show that a video has no sound."""
 HEAD_BYTES = 4096
-"""This many bytes of a file are searched for its declared length, or for the start of a wav."""
+"""This many bytes at the beginning of a file are searched for its declared length, and for a wav
+that begins after other bytes."""
 BEFORE_WAV = re.compile(rb"[^\x01-\x08\x0e-\x1f]*?(?=(?:RIFF|RIFX|RF64).{4}WAVE)", re.DOTALL)
-"""Matches zeros and text before a wav, such as the header of an HTTP response. Files that have the
-header of a wav inside them, such as FLAC and WavPack files, begin with control characters."""
+"""Matches zeros and text before a wav, such as the header of an HTTP response. It contains no other
+control characters, because FLAC and WavPack files have them before the header of a wav that they
+may contain."""
 OGG_PAGE_BYTES = 65_307
 """Size of the largest page of an ogg. The last packet is in the last page."""
 OGG_HEADER = struct.Struct("<6xq4sI4xB")
@@ -147,11 +149,15 @@ def _num_bytes_before(head: bytes, size: int) -> int:
 
 
 def _repair_chunks(file: BinaryIO, form: _Form, end: int) -> tuple[list[Part], float]:
-    """Return the parts of a wav or AIFF, or none if it needs no repair; and its missing share.
+    """Find the chunks of a wav or AIFF.
 
-    Libraries read only the first chunk with samples, and do not report missing bytes. If a recorder
-    was interrupted, the declared length is 0, or in a wav another one after which no chunk begins.
-    Then all bytes up to the end of the file are samples.
+    Libraries read only the first chunk with samples, and do not report missing bytes. A recorder
+    that was interrupted leaves a wrong length in the header: 0, or in a wav a length after which no
+    chunk begins. All bytes up to the end of the file are then samples.
+
+    Returns:
+        parts: the parts of a repaired file (`_View`); empty if the file needs no repair.
+        missing_share: as `repaired` returns it.
     """
     before: list[Part] = [range(form.begin)]
     samples: list[range] = []

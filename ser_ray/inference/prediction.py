@@ -118,7 +118,7 @@ class Predictions(tuple[Prediction, ...]):
 
         windows = [f"{len(prediction.timeline)} windows" for prediction in self]
         table = self.to_pandas().assign(timeline=windows)
-        # By default, pandas cuts texts to 50 characters, and paths in the same folder look alike.
+        # By default, pandas shows only 50 characters, which may be the same for all paths.
         with pd.option_context("display.max_colwidth", None):
             return table._repr_html_()
 

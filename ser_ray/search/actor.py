@@ -40,7 +40,7 @@ class TrainedTrial(NamedTuple):
 
     recipe: TrainConfig
     report: dict[str, Any]
-    """The trial's last report."""
+    """The trial's last report, without OBJECTIVE."""
     checkpoint: str
     """Folder of its selected checkpoint."""
 
@@ -108,7 +108,8 @@ def _train(
         if trained.recipe == recipe:
             with local_checkpoint(trained.checkpoint) as directory:
                 shutil.copytree(directory, reporter.selected)
-            reporter.reported |= trained.report
+            objective = objectives(trained.report["history"], recipe)[-1]
+            reporter.reported |= trained.report | {OBJECTIVE: objective}
             tune.report(dict(reporter.reported))
             return
     pretrained = setup.pretrained[recipe.weights]

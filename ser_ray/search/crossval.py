@@ -32,7 +32,7 @@ from ser_ray.evaluation.robustness import predict_conditions, score_under
 from ser_ray.evaluation.to_mlflow import record_evaluation
 from ser_ray.inference.predictor import Predictor
 from ser_ray.plots.scores import confusion_figure
-from ser_ray.search.actor import OBJECTIVE, TrainedTrial, TrialSetup, objectives
+from ser_ray.search.actor import TrainedTrial, TrialSetup
 from ser_ray.search.config import CrossvalConfig, SlotConfig
 from ser_ray.search.crossval_result import CrossvalPlan, CrossvalResult, pool
 from ser_ray.search.fold_files import fold_folder, has_checkpoint, score_and_store_fold
@@ -111,7 +111,7 @@ def crossval(
         shards=plan.shards,
         pretrained={recipe.weights: weights},
         finish=partial(score_and_store_fold, folder=folder.location, part=config.part),
-        trained=trained_for_other_part(plan, run.storage),
+        trained=trained_for_other_part(plan, folder, run.storage),
     )
     with open_study(
         "cross-validation",
@@ -162,29 +162,31 @@ def crossval_name(plan: CrossvalPlan) -> str:
     return f"{kind}-{recipe.feature}-{recipe.protocol}-{short_digest(identity)}"
 
 
-def trained_for_other_part(plan: CrossvalPlan, storage: str) -> list[TrainedTrial]:
-    """Return the trainings of the same recipe in a cross-validation that scores the other part.
+def trained_for_other_part(
+    plan: CrossvalPlan, folder: RunFolder, storage: str
+) -> list[TrainedTrial]:
+    """Return the trainings that the cross-validation of the other part has, and this one has not.
 
     Args:
         plan: the planned trainings.
-        storage: folder of all runs, in which that cross-validation has its default name.
+        folder: folder of this cross-validation.
+        storage: folder of all runs, in which the other cross-validation has its default name.
     """
     part: Part = "validation" if plan.config.part == "test" else "test"
     name = crossval_name(replace(plan, config=replace(plan.config, part=part)))
-    folder = RunFolder(absolute(storage), name)
+    other = RunFolder(absolute(storage), name)
+    own, others = (
+        [trial for trial in read_records(study, plan.recipe) if trial.state == "finished"]
+        for study in (folder, other)
+    )
+    points = remaining_points(plan, own)
     trained = [
-        TrainedTrial(
-            trial.recipe,
-            trial.report | {OBJECTIVE: objectives(trial.rows, trial.recipe)[-1]},
-            fold_folder(folder.location, trial.recipe),
-        )
-        for trial in read_records(folder, plan.recipe)
-        if trial.state == "finished"
-        and trial.values in plan.points
-        and has_checkpoint(folder.location, trial.recipe)
+        TrainedTrial(trial.recipe, trial.report, fold_folder(other.location, trial.recipe))
+        for trial in others
+        if trial.values in points and has_checkpoint(other.location, trial.recipe)
     ]
     if trained:
-        count = f"{len(trained)} of {len(plan.points)}"
+        count = f"{len(trained)} of {len(points)}"
         logger.info("%-12s %s, already trained for their %s parts", "taken over", count, part)
     return trained
 
